@@ -1,0 +1,69 @@
+"""The one list of trainers that exist. Importable without torch: the lookup bridge and ``dgplugins list`` read it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainerInfo:
+    """One trainer as typed after ``-tr``.
+
+    Args:
+        name: class name, public API.
+        module: dotted module that defines it.
+        settings: name of its settings class in :mod:`nnunet_dgplugins.settings`.
+        method: name of the published method.
+        stage: what this trainer is within the method.
+        paper: where the method was published.
+        supervision: what it may read.
+        output: what comes out.
+    """
+
+    name: str
+    module: str
+    settings: str
+    method: str
+    stage: str
+    paper: str
+    supervision: str
+    output: str
+
+
+_DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
+
+TRAINERS: dict[str, TrainerInfo] = {
+    info.name: info
+    for info in (
+        TrainerInfo(
+            name="DeSAMTrainer",
+            module="nnunet_dgplugins.trainers.desam",
+            settings="DeSAMSettings",
+            method="DeSAM",
+            stage="whole-box prompt",
+            paper=_DESAM,
+            supervision="masks of one source site",
+            output="segmentation",
+        ),
+        TrainerInfo(
+            name="DeSAMGridTrainer",
+            module="nnunet_dgplugins.trainers.desam",
+            settings="DeSAMSettings",
+            method="DeSAM",
+            stage="grid of points",
+            paper=_DESAM,
+            supervision="masks of one source site",
+            output="segmentation",
+        ),
+    )
+}
+
+
+def load_trainer(name: str) -> type:
+    """Import and return the trainer class called ``name``.
+
+    Raises:
+        KeyError: no such trainer.
+    """
+    return getattr(importlib.import_module(TRAINERS[name].module), name)
