@@ -1,0 +1,214 @@
+"""One typed, frozen dataclass per method, and the one road by which values reach it. Importable without torch.
+
+Defaults are the paper's. They are overridden, in this order, by the block
+``configurations.<configuration>.dgplugins.<Trainer>`` of the plans file (``inherits_from`` honoured key by key;
+written by ``dgplugins configure``) and by a JSON or YAML file named by ``DGPLUGINS_SETTINGS`` (``{Trainer: {key:
+value}}``, for quick trials). Unknown keys and values of a wrong type are refused, all at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+
+KEY = "dgplugins"
+VARIABLE = "DGPLUGINS_SETTINGS"
+T = TypeVar("T", bound="TrainingSettings")
+
+
+def setting(
+    default: Any, help: str, reference: str = "", choices: tuple[Any, ...] = (), minimum: float | None = None
+) -> Any:
+    """Declare one setting: its default, what it means, where it comes from and what is allowed."""
+    return field(
+        default=default, metadata={"help": help, "reference": reference, "choices": choices, "minimum": minimum}
+    )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What every trainer can be told."""
+
+    epochs: int = setting(1000, "Training epochs.", "nnU-Net", minimum=1)
+    iterations_per_epoch: int | None = setting(
+        None, "Training steps per epoch; null: as the method says (one pass over the data, or nnU-Net's 250).", minimum=1
+    )
+    batch_size: int | None = setting(None, "Samples per step; null: from the plans.", minimum=1)
+    initial_lr: float = setting(1e-2, "Learning rate at epoch 0, polynomial decay with exponent 0.9.", minimum=0)
+    seed: int = setting(
+        0, "Drives initialisation, sampling, prompts and augmentation; same seed, same weights on one CPU.", minimum=0
+    )
+    amp: bool = setting(True, "Mixed precision on CUDA.")
+    cpu_bfloat16: bool = setting(False, "bfloat16 autocast on CPU: 1.7-2x faster where the processor has it.")
+    keep_freed_memory: bool = setting(
+        True, "On glibc, keep freed memory in the process instead of giving it back at every step (CPU speed)."
+    )
+
+
+@dataclass(frozen=True)
+class DeSAMSettings(TrainingSettings):
+    """DeSAM, both prompts (Gao et al., MICCAI 2024)."""
+
+    epochs: int = setting(50, "Passes over all slices of the fold.", "section 3, implementation details", minimum=1)
+    batch_size: int | None = setting(8, "Slices per step.", "released scripts", minimum=1)
+    initial_lr: float = setting(1e-4, "Adam's learning rate at epoch 0, polynomial decay 0.9.", "released scripts", minimum=0)
+    sam: str = setting(
+        "auto",
+        "SAM encoder: vit_h (the paper's), vit_l, vit_b, vit_tiny (ours, shipped, untrained), or a file of their layout; "
+        "auto: the largest file found in DGPLUGINS_SAM_DIR, else vit_tiny.",
+        "section 2.1; the released code runs with vit_h only",
+    )
+    channels: tuple[int, ...] | None = setting(
+        None, "Input channels shown to SAM as grey (one) or RGB (three); null: channel 0, or the first three if named R, G, B."
+    )
+    loss: str = setting(
+        "paper",
+        "paper: Dice + BCE + 10 MSE(IoU). code: Dice + L1(IoU), what the released code does, its cross-entropy being 0.",
+        "section 2.3; specs: losses",
+        choices=("paper", "code"),
+    )
+    train_slices: str = setting(
+        "all",
+        "all: slices without organ get a background point, IoU target 0, an empty mask. foreground: as published.",
+        "released precompute_embeddings.py",
+        choices=("all", "foreground"),
+    )
+    drop_last_slice: bool = setting(False, "Leave out the last foreground slice of a case, as the released code does.")
+    store: str = setting(
+        "auto",
+        "Precision of stored embeddings: half, compact (about 8 bits) or auto (compact where the data bear it).",
+        choices=("auto", "half", "compact"),
+    )
+    augmented_views: int = setting(0, "Stored augmented views per slice beside the plain one.", minimum=0)
+    online: bool = setting(False, "Run the encoder in the training step, with nnU-Net's augmentation; no store.")
+    grid_size: int = setting(9, "Points per side of the grid.", "section 3", minimum=1)
+    iou_threshold: float = setting(0.5, "A grid point's mask counts when its predicted IoU is above this.", "released code")
+    nms_threshold: float = setting(0.7, "Box IoU above which the lower-scored mask is dropped.", "released code")
+    min_region_area: int = setting(
+        1000, "Holes and islands smaller than this are removed (pixels of a 256x256 mask); grid only.", "released code", minimum=0
+    )
+    border_suppression: int = setting(
+        0, "Frame of the 256x256 mask set to background; the released metric uses 50 (a prostate-only prior).", minimum=0
+    )
+    validation: str = setting(
+        "grid",
+        "Prompts of the source validation that picks checkpoint_best: grid (as deployed) or points (one fixed point per slice).",
+        choices=("grid", "points"),
+    )
+
+
+def settings_class(name: str) -> type[TrainingSettings]:
+    """Return the settings class called ``name``."""
+    found = globals()[name]
+    assert isinstance(found, type) and issubclass(found, TrainingSettings)
+    return found
+
+
+def configuration_block(plans: Mapping[str, Any], configuration: str, trainer: str) -> dict[str, Any]:
+    """Return a trainer's settings block in a plans file, parents first, key by key.
+
+    nnU-Net's own ``inherits_from`` replaces whole top-level keys; a child that sets one value of one trainer would
+    thereby lose its parent's values, so the chain is walked here.
+    """
+    content = plans["configurations"].get(configuration, {})
+    parent = content.get("inherits_from")
+    block = configuration_block(plans, parent, trainer) if parent else {}
+    return {**block, **content.get(KEY, {}).get(trainer, {})}
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Return settings of class ``cls`` with ``values`` over the defaults.
+
+    Raises:
+        BadInput: unknown keys, wrong types or values out of range, all reported together.
+    """
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    problems, checked = [], {}
+    for key, value in values.items():
+        if key not in fields:
+            problems.append(Problem(where, f"unknown setting '{key}'{nearest(key, fields)}"))
+            continue
+        value, expected = _checked(value, hints[key], fields[key].metadata)
+        if expected:
+            problems.append(Problem(f"{where}, {key}", repr(value), expected))
+        checked[key] = value
+    if problems:
+        raise BadInput(f"Settings of {where} are not valid", problems)
+    return cls(**checked)
+
+
+def resolve(cls: type[T], plans: Mapping[str, Any], configuration: str, trainer: str) -> T:
+    """Resolve a trainer's settings along the one road: defaults, plans file, ``DGPLUGINS_SETTINGS``."""
+    values = configuration_block(plans, configuration, trainer)
+    where = f"{trainer} (plans {plans.get('plans_name', '?')}, configuration {configuration})"
+    trial = _trial_file()
+    if trial.get(trainer):
+        where += f" and {os.environ[VARIABLE]}"
+    return build(cls, {**values, **trial.get(trainer, {})}, where)
+
+
+def to_dict(settings: TrainingSettings) -> dict[str, Any]:
+    """Return settings as JSON content."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()}
+
+
+def parse_value(text: str) -> Any:
+    """Read a value typed on the command line (YAML rules, and ``1e-4`` is a number)."""
+    import yaml
+
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _trial_file() -> dict[str, Any]:
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return {}
+    import yaml
+
+    from nnunet_dgplugins.registry import TRAINERS
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{VARIABLE}={path}: cannot be read ({error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise UserError(f"{VARIABLE}={path}: expected trainer names with their settings, e.g. DeSAMTrainer: {{epochs: 5}}.")
+    for name in content:
+        if name not in TRAINERS:
+            raise UserError(f"{VARIABLE}={path}: no trainer '{name}'{nearest(name, TRAINERS)}")
+    return content
+
+
+def _checked(value: Any, hint: Any, rules: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the value in its declared type and what was expected, "" when it is fine."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in allowed):
+        value = tuple(value)
+        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
+            return value, "a list of whole numbers from 0"
+        return value, ""
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        value = float(value)
+    kinds = tuple(kind for kind in allowed if isinstance(kind, type))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return value, " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+    if rules["choices"] and value not in rules["choices"]:
+        return value, f"one of {', '.join(map(str, rules['choices']))}"
+    if rules["minimum"] is not None and value is not None and value < rules["minimum"]:
+        return value, f"at least {rules['minimum']}"
+    return value, ""
