@@ -1,0 +1,56 @@
+"""``dgplugins configure``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nnunet_dgplugins.cli.options import configuration_option, plans_option, trainer_option
+
+
+@click.command("configure")
+@click.argument("dataset")
+@trainer_option
+@plans_option
+@configuration_option
+@click.option("--set", "values", multiple=True, metavar="NAME=VALUE ...", help="Setting to change; repeat, or give several in quotes.")
+@click.argument("more", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("-o", "output", required=True, help="Name of the new plans, used after -p. The same name as -p edits in place.")
+def command(
+    dataset: str, trainer: str, plans: str, configuration: str, values: tuple[str, ...], more: tuple[str, ...], output: str
+) -> None:
+    """Write a plans file for DATASET with other settings for a trainer; the data need no new preprocessing.
+
+    Example: dgplugins configure 501 -tr DeSAMTrainer --set sam=vit_b epochs=50 -o nnUNetPlansVitB
+    """
+    from nnunet_dgplugins import settings
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.files import PREPROCESSED, dataset_name, nnunet_folder, read_json, write_json
+    from nnunet_dgplugins.registry import TRAINERS
+
+    if "__" in output:
+        raise click.BadParameter("a plans name has no '__' in it: nnU-Net splits folder names there", param_hint="-o")
+    asked = {}
+    for text in [*(word for value in values for word in value.split()), *more]:
+        name, mark, value = text.partition("=")
+        if not mark:
+            raise click.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--set")
+        asked[name] = settings.parse_value(value)
+    folder = nnunet_folder(PREPROCESSED) / dataset_name(dataset)
+    source: Path = folder / f"{plans}.json"
+    if not source.is_file():
+        raise UserError(f"{source}: no such plans. Run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration} first.")
+    content = read_json(source)
+    if configuration not in content["configurations"]:
+        raise UserError(f"{source}: no configuration '{configuration}', only {', '.join(content['configurations'])}.")
+    block = content["configurations"][configuration].setdefault(settings.KEY, {}).setdefault(trainer, {})
+    block.update(asked)
+    cls = settings.settings_class(TRAINERS[trainer].settings)
+    resolved = settings.build(cls, settings.configuration_block(content, configuration, trainer), f"{trainer}, {output}")
+    content["plans_name"] = output
+    write_json(folder / f"{output}.json", content)
+    click.echo(f"Wrote {folder / output}.json: {trainer} on {configuration} with {block}")
+    click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -tr {trainer} -p {output}")
+    if getattr(resolved, "sam", None):
+        click.echo(f"Embeddings, if not there yet: dgplugins embed {dataset} -p {output}  (the trainer makes them otherwise)")
