@@ -1,0 +1,98 @@
+"""What fits a dataset: reads its JSON files only, never images. Importable without torch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, dataset_name, read_json
+from nnunet_dgplugins.registry import TRAINERS
+
+
+def advise(dataset: int | str) -> dict[str, Any]:
+    """Return facts about a dataset, the trainers that fit it with reasons, and the next commands.
+
+    Raises:
+        UserError: the dataset or its ``dataset.json`` does not exist.
+    """
+    name = dataset_name(dataset)
+    number = int(name[7:10])
+    raw, preprocessed = (Path(os.environ.get(v, "")) / name for v in (RAW, PREPROCESSED))
+    source = next((folder for folder in (raw, preprocessed) if (folder / "dataset.json").is_file()), None)
+    if source is None:
+        raise UserError(f"{name}: no dataset.json in {raw} or {preprocessed}.")
+    content = read_json(source / "dataset.json")
+    table = CaseTable.from_dataset_json(content, str(source / "dataset.json"))
+    training = int(content.get("numTraining", 0))
+    return {
+        "dataset": name,
+        "cases": training,
+        "test_cases": _test_cases(raw, content["file_ending"]),
+        "facts": _facts(content, table),
+        "trainers": [_fit(info.name, table) for info in TRAINERS.values()],
+        "next": _next(name, number, preprocessed),
+    }
+
+
+def _test_cases(raw: Path, ending: str) -> int:
+    folder = raw / "imagesTs"
+    return len({p.name[: -len(ending) - 5] for p in folder.glob(f"*{ending}")}) if folder.is_dir() else 0
+
+
+def _facts(content: dict[str, Any], table: CaseTable | None) -> list[str]:
+    facts = [
+        "channels: " + ", ".join(str(v) for v in content["channel_names"].values()),
+        "labels: " + ", ".join(k for k in content["labels"] if k != "background"),
+    ]
+    if table is None:
+        return [*facts, "no case table: sites and patients are unknown (dgplugins annotate adds them)"]
+    sites = Counter(case.site or "unknown" for case in table.cases.values())
+    facts.append("sites: " + ", ".join(f"{site} ({count})" for site, count in sorted(sites.items())))
+    if table.sources:
+        facts.append("source: " + ", ".join(table.sources))
+    unlabelled = sum(not case.labelled for case in table.cases.values())
+    if unlabelled:
+        facts.append(f"unlabelled cases: {unlabelled}")
+    if any(case.tags is not None for case in table.cases.values()):
+        facts.append("image tags: yes")
+    return facts
+
+
+def _fit(name: str, table: CaseTable | None) -> dict[str, Any]:
+    """Say whether a trainer that learns from masks fits, and why."""
+    why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
+    labelled = table is None or any(case.labelled for case in table.cases.values())
+    if not labelled:
+        return {"name": name, "fits": False, "why": [*why, "No case has masks."]}
+    if table is None:
+        why.append("Trains on any dataset with masks; without a case table results cannot be told apart by site.")
+    elif len(table.sources) == 1 and len(table.sites()) > 1:
+        why.append(f"One source site ({table.sources[0]}) and {len(table.sites()) - 1} unseen: what the method is made for.")
+    elif len(table.sites()) > 1 and not table.sources:
+        why.append("All sites are in one set: `dgplugins splits --single-source SITE --as-dataset ID` keeps the targets unseen.")
+    else:
+        why.append("Works; its strength shows on sites that training has not seen.")
+    if name == "DeSAMTrainer":
+        why.append("The first to try: one decoder pass per slice.")
+    return {"name": name, "fits": True, "why": why}
+
+
+def _next(name: str, number: int, preprocessed: Path) -> list[str]:
+    if not (preprocessed / "nnUNetPlans.json").is_file():
+        return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
+    results = Path(os.environ.get(RESULTS, "")) / name
+    trained = [
+        trainer for trainer in TRAINERS
+        if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
+    ]  # fmt: skip
+    if not trained:
+        return [f"nnUNetv2_train {number} 2d 0 -tr DeSAMTrainer"]
+    folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
+    return [
+        f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {trained[0]}",
+        f"dgplugins evaluate {number} predictions",
+    ]

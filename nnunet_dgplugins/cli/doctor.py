@@ -1,0 +1,115 @@
+"""``dgplugins doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nnunet_dgplugins.cli.options import json_option, print_json, print_rows
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk and SAM files. Exit code 1 if one fails."""
+    checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files()]
+    good = all(check["state"] != "failed" for check in checks)
+    if as_json:
+        print_json({"good": good, "checks": checks})
+    else:
+        print_rows([(f"{_MARK[c['state']]} {c['what']}", c["found"] + (f" -> {c['fix']}" if c["fix"] else "")) for c in checks])
+        click.echo("\nAll good." if good else "\nSomething failed: see the lines marked x.")
+    if not good:
+        raise SystemExit(1)
+
+
+_MARK = {"good": "+", "note": "-", "failed": "x"}
+
+
+def _check(what: str, state: str, found: str, fix: str = "") -> dict[str, Any]:
+    return {"what": what, "state": state, "found": found, "fix": fix}
+
+
+def _versions() -> list[dict[str, Any]]:
+    checks = [_check("python", "good", f"{platform.python_version()} ({sys.executable})")]
+    for name in ("nnunet_dgplugins", "nnunetv2", "torch", "torchvision", "segment-anything", "SimpleITK"):
+        try:
+            checks.append(_check(name, "good", metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            checks.append(_check(name, "failed", "not installed", "pip install nnunet_dgplugins from its checkout again"))
+    return checks
+
+
+def _folders() -> list[dict[str, Any]]:
+    checks = []
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        value = os.environ.get(variable)
+        if not value:
+            checks.append(_check(variable, "failed", "not set", f"export {variable}=/a/folder"))
+        elif not Path(value).is_dir():
+            checks.append(_check(variable, "note", f"{value} does not exist yet", "nnU-Net makes it"))
+        elif not os.access(value, os.W_OK):
+            checks.append(_check(variable, "failed", f"{value} is not writable"))
+        else:
+            free = shutil.disk_usage(value).free / 2**30
+            checks.append(_check(variable, "good", f"{value} ({free:.0f} GiB free)"))
+    return checks
+
+
+def _lookup() -> list[dict[str, Any]]:
+    """Resolve every trainer through nnU-Net's own lookup, as nnUNetv2_train does."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from nnunet_dgplugins import ext
+    from nnunet_dgplugins.registry import TRAINERS
+
+    variable = os.environ.get(ext.VARIABLE)
+    checks = [_check(ext.VARIABLE, "good" if variable else "failed", variable or "not set", "" if variable else _BY_HAND)]
+    try:
+        with redirect_stdout(StringIO()):
+            from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name
+    except ImportError as error:
+        return [*checks, _check("trainer lookup", "failed", f"nnunetv2 cannot be imported: {error}")]
+    for name, info in TRAINERS.items():
+        try:
+            with redirect_stdout(StringIO()):
+                found = recursive_find_trainer_class_by_name(name)
+            checks.append(_check(name, "good", f"{found.__module__} ({info.stage})"))
+        except Exception as error:  # whatever an import raises is the answer the user needs
+            checks.append(_check(name, "failed", f"{type(error).__name__}: {error}", _BY_HAND))
+    return checks
+
+
+_BY_HAND = "export nnUNet_extTrainer=$(python -m nnunet_dgplugins.ext)"
+
+
+def _accelerator() -> list[dict[str, Any]]:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return [_check("GPU", "good", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")]
+    return [_check("GPU", "note", f"none; {os.cpu_count()} CPU cores", "train and predict with -device cpu")]
+
+
+def _sam_files() -> list[dict[str, Any]]:
+    from nnunet_dgplugins.sam.models import MODELS
+
+    folder = os.environ.get("DGPLUGINS_SAM_DIR")
+    checks = [_check("DGPLUGINS_SAM_DIR", "good" if folder else "note", folder or "not set: vit_tiny is used")]
+    for model in MODELS.values():
+        if not model.file:
+            checks.append(_check(model.name, "good", model.note))
+        elif folder and (Path(folder) / model.file).is_file():
+            checks.append(_check(model.name, "good", str(Path(folder) / model.file)))
+        else:
+            checks.append(_check(model.name, "note", "no file", f"{model.url} -> DGPLUGINS_SAM_DIR"))
+    return checks
