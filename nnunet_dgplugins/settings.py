@@ -89,6 +89,12 @@ class DeSAMSettings(TrainingSettings):
     )
     augmented_views: int = setting(0, "Stored augmented views per slice beside the plain one.", minimum=0)
     online: bool = setting(False, "Run the encoder in the training step, with nnU-Net's augmentation; no store.")
+    optimizer: str = setting(
+        "adam", "adam, or sgd with momentum 0.99; no weight decay.", "released scripts", choices=("adam", "sgd")
+    )
+    background_points: int = setting(
+        1, "Background points drawn per foreground point in training (grid).", "1:1 in the paper", minimum=0
+    )
     grid_size: int = setting(9, "Points per side of the grid.", "section 3", minimum=1)
     iou_threshold: float = setting(0.5, "A grid point's mask counts when its predicted IoU is above this.", "released code")
     nms_threshold: float = setting(0.7, "Box IoU above which the lower-scored mask is dropped.", "released code")
@@ -204,6 +210,8 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any]) -> tuple[Any, str]
         return value, ""
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(value)
+    if isinstance(value, str) and float in allowed and str not in allowed:
+        value = parse_value(value)  # YAML 1.1 reads 1e-4 as text
     kinds = tuple(kind for kind in allowed if isinstance(kind, type))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return value, " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
