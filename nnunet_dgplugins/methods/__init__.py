@@ -1,1 +1,1 @@
-"""methods"""
+"""The published methods, one folder each, in PyTorch and NumPy; nothing here knows nnU-Net."""
