@@ -2,7 +2,7 @@
 
 Each volume is a drawn pelvis (body outline, fat, muscles, bones, bladder, rectum or endorectal balloon, prostate with
 peripheral and transition zone) seen through the "scanner" of one of six sites. What differs between the sites is
-listed in :data:`SITES`, one line per site, so that the difficulty of the shift can be tuned in one place. No patient data.
+listed in :data:`SITES`, one line per site, so that the difficulty of the shift is tuned in one place. No patient data.
 
     python -m nnunet_dgplugins.phantom OUT --cases 6 --seed 0
 """
@@ -105,7 +105,7 @@ SIZES = {"tiny": 0.4, "small": 1.0, "large": 2.0}  # factor on in-plane pixels; 
 
 @dataclass(frozen=True)
 class _Anatomy:
-    """Drawn once per case; lengths in mm, x to the patient's left, y to the back, z to the head, origin mid-prostate."""
+    """Drawn once per case; lengths in mm; x to the left, y to the back, z to the head, origin mid-prostate."""
 
     half: Array  # half axes of the prostate (3,)
     waves: Array  # amplitude and phase of the outline's Fourier waves (4, 2)

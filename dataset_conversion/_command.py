@@ -1,0 +1,76 @@
+"""The options that every converter's command shares, defined once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dataset_conversion._facts import Facts, ListCases, Request
+
+
+def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Callable[..., Any]) -> click.Command:
+    """Return the click command of a converter.
+
+    Args:
+        facts: what the converter knows about its source.
+        list_cases: fills a listing with the cases under the root.
+        help_text: first lines of ``--help``.
+        more: further option decorators, whose values become fields of the request.
+    """
+    sites = ", ".join(site.name for site in facts.sites)
+
+    def run(**options: Any) -> None:
+        from dataset_conversion._common import convert
+
+        convert(facts, list_cases, Request(**options))
+
+    options: list[Callable[..., Any]] = [
+        click.argument("root", type=click.Path(path_type=Path)),
+        click.option("--id", "dataset_id", type=click.IntRange(1, 999), default=facts.dataset_id, show_default=True,
+                     help="nnU-Net's dataset id."),
+        click.option("--source", "sources", multiple=True, required=True, metavar="SITE",
+                     help=f"Site to train on; may be repeated. Sites: {sites}."),
+        click.option("--target", "targets", multiple=True, metavar="SITE",
+                     help="Site to test on; may be repeated. [default: every other one]"),
+        click.option("--exclude", multiple=True, metavar="CASE", help="Case to leave out; may be repeated."),
+        click.option("--drop-empty-slices", is_flag=True, help="Cut volumes to the slices that show organ."),
+        click.option("--copy/--link", "copy", default=True, show_default=True,
+                     help="Copy files, or link those that need no change."),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier conversion of other input or options."),
+        click.option("--jobs", type=click.IntRange(1), default=min(8, os.cpu_count() or 1), show_default=True,
+                     help="Processes."),
+        *more,
+    ]  # fmt: skip
+    if facts.zone_labels is not None:
+        zones = click.Choice(["merge", "keep"])
+        text = "Merge the zones into one label, or keep them where every site has them."
+        options.append(click.option("--zones", type=zones, default="merge", show_default=True, help=text))
+    if len(facts.splits) > 1:
+        choice = click.Choice(list(facts.splits))
+        text = "How source cases validate: five folds by patient, or as published."
+        options.append(click.option("--split", type=choice, default=facts.splits[0], show_default=True, help=text))
+
+    def callback(copy: bool, **options: Any) -> None:
+        run(link=not copy, **options)
+
+    wrapped: Callable[..., Any] = callback
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    settings = {"help_option_names": ["-h", "--help"]}
+    return click.command(facts.command, help=help_text, context_settings=settings)(wrapped)
+
+
+def run_as_script(command: click.Command) -> None:
+    """Run a converter as ``python -m dataset_conversion.DatasetNNN_Name``; exit codes as those of ``dgplugins``."""
+    from nnunet_dgplugins.errors import UserError
+
+    try:
+        command.main()
+    except UserError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

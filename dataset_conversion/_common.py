@@ -1,0 +1,286 @@
+"""The one engine of every converter: check everything, refuse everything wrong at once, then write.
+
+A dataset is built in a hidden folder beside its final place and renamed at the end, so nnU-Net never sees half of it.
+A killed conversion continues there; every file is written in one step, a stamp with the input's hash comes last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dataset_conversion import _staging
+from dataset_conversion._facts import Facts, ListCases, Listing, Request, SourceCase
+from dataset_conversion._protocols import PROTOCOLS
+from nnunet_dgplugins import __version__
+from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
+from nnunet_dgplugins.data.splits import SPLITS
+from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+from nnunet_dgplugins.files import RAW, content_hash, human_bytes, nnunet_folder, require_disk, write_json
+
+if TYPE_CHECKING:
+    from dataset_conversion._volumes import Checked
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything decided before a file is written."""
+
+    facts: Facts
+    request: Request
+    sources: list[str]
+    targets: list[str]
+    name: str
+    cases: list[SourceCase]
+    keep_zones: bool
+
+    @property
+    def labels(self) -> Mapping[str, int]:
+        return (self.facts.zone_labels or {}) if self.keep_zones else self.facts.labels
+
+    @property
+    def mapping(self) -> Mapping[int, int]:
+        return (self.facts.zone_mapping or {}) if self.keep_zones else self.facts.mapping
+
+
+def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
+    """Convert a download into an nnU-Net raw dataset.
+
+    Args:
+        facts: what the converter knows about its source.
+        list_cases: fills a listing with the cases under the root.
+        request: what the user asked for.
+
+    Returns:
+        The dataset's folder in ``nnUNet_raw``.
+
+    Raises:
+        BadInput: every problem of the input; nothing is written.
+        UserError: the id holds other content, a folder is missing, or an option makes no sense.
+    """
+    final, plan, listing = _prepare(facts, list_cases, request)
+    reports = _check(plan)
+    problems = listing + _problems(plan, reports, final.parent)
+    for report in reports:
+        for warning in report.warnings:
+            click.echo(f"Note: {warning}", err=True)
+    if problems:
+        raise BadInput(f"{facts.command}, {request.root}", problems)
+    digest = _digest(plan, reports)
+    if _staging.is_done(final, digest):
+        click.echo(f"{plan.name} is there already, made from the same input: nothing to do.")
+        return final
+    _staging.refuse_other_content(final, digest, request.overwrite)
+    _show_sites(plan, reports)
+    folder = _staging.start(final, digest)
+    _write(plan, reports, folder)
+    _describe(plan, folder, digest)
+    _staging.finish(folder, final, digest)
+    number = plan.name[7:10]
+    click.echo(f"Wrote {final}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
+    return final
+
+
+def _prepare(facts: Facts, list_cases: ListCases, request: Request) -> tuple[Path, _Plan, list[Problem]]:
+    """List the cases and say what lies ahead; returns the final folder, the plan and the tree's problems."""
+    raw = nnunet_folder(RAW)
+    listing = Listing()
+    list_cases(request.root, request, listing)
+    plan = _plan(facts, request, listing)
+    _staging.refuse_other_names(plan.name)
+    for warning in listing.warnings:
+        click.echo(f"Note: {warning}", err=True)
+    paths = [path for case in plan.cases for path in (*case.images, case.label)]
+    size = sum(path.stat().st_size for path in paths)
+    click.echo(f"Checking {len(plan.cases)} cases, {len(paths)} files, {human_bytes(size)}.")
+    chosen = {*plan.sources, *plan.targets}
+    problems = [
+        trouble.problem
+        for trouble in listing.troubles
+        if (trouble.site is None or trouble.site in chosen) and trouble.case not in request.exclude
+    ]
+    return raw / plan.name, plan, problems
+
+
+def _plan(facts: Facts, request: Request, listing: Listing) -> _Plan:
+    """Choose source and target sites and the cases that go with them."""
+    found = {case.site for case in listing.cases} | {trouble.site for trouble in listing.troubles if trouble.site}
+    if not found and not listing.troubles:
+        raise UserError(f"{request.root}: no cases found for {facts.command}; docs/data.md shows the expected tree.")
+    sources = list(dict.fromkeys(facts.site(text).name for text in request.sources))
+    targets = [facts.site(text).name for text in request.targets]
+    if not targets:
+        targets = [
+            site.name for site in facts.sites if site.default and site.name in found and site.name not in sources
+        ]
+    for site in [*sources, *targets]:
+        if site not in found:
+            raise UserError(f"{request.root}: no cases of {site}; found {', '.join(sorted(found))}.")
+    both = sorted(set(sources) & set(targets))
+    if both:
+        raise UserError(f"{', '.join(both)}: named as source and as target.")
+    if request.zones == "keep" and facts.zone_labels is None:
+        raise UserError(f"{facts.command}: this source has no zones to keep; use --zones merge.")
+    names = {case.name for case in listing.cases} | {trouble.case for trouble in listing.troubles if trouble.case}
+    for name in request.exclude:
+        if name not in names:
+            raise UserError(f"--exclude {name}: no such case{nearest(name, names)}")
+    rank = {site.name: index for index, site in enumerate(facts.sites)}
+    cases = [case for case in listing.cases if case.site in {*sources, *targets} and case.name not in request.exclude]
+    cases.sort(key=lambda case: (rank[case.site], case.order, case.name))
+    number = facts.dataset_id if request.dataset_id is None else request.dataset_id
+    name = f"Dataset{number:03d}_{facts.name}_{'-'.join(sources)}"
+    return _Plan(facts, request, sources, targets, name, cases, request.zones == "keep")
+
+
+def _recipe(plan: _Plan, case: SourceCase) -> Any:
+    from dataset_conversion._volumes import Recipe
+
+    window = plan.facts.window if case.site in plan.facts.window_sites else None
+    return Recipe(dict(plan.mapping), window, plan.request.drop_empty_slices, plan.request.link)
+
+
+def _check(plan: _Plan) -> list[Checked]:
+    """Return the report of each case, in the plan's order."""
+    from dataset_conversion import _parallel, _volumes
+
+    arguments = [(case, _recipe(plan, case)) for case in plan.cases]
+    return _parallel.run("Checking", _volumes.check_case, arguments, plan.request.jobs)
+
+
+def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
+    """Return the problems of the cases and those that only show between cases."""
+    problems = [problem for report in reports for problem in report.problems]
+    for name, count in Counter(case.name for case in plan.cases).items():
+        if count > 1:
+            paths = " and ".join(case.original for case in plan.cases if case.name == name)
+            problems.append(Problem(paths, f"{count} cases would all be called {name}", fix="Rename or remove one."))
+    same: dict[str, list[SourceCase]] = defaultdict(list)
+    for case, report in zip(plan.cases, reports, strict=True):
+        if report.voxels:
+            same[report.voxels].append(case)
+    for cases in same.values():
+        if len({case.name for case in cases}) > 1:
+            paths = " and ".join(case.original for case in cases)
+            fix = f"Leave all but one out, for instance with --exclude {cases[-1].name}."
+            problems.append(Problem(paths, "the same image twice, a duplicate patient", fix=fix))
+    if plan.keep_zones:
+        problems += _zone_problems(plan, reports)
+    try:
+        require_disk(raw, sum(report.bytes for report in reports), plan.name)
+    except UserError as error:
+        problems.append(Problem(str(raw), str(error)))
+    return problems
+
+
+def _zone_problems(plan: _Plan, reports: list[Checked]) -> list[Problem]:
+    zones = {value for value, written in plan.mapping.items() if written > 1}
+    with_zones = {case.site for case, report in zip(plan.cases, reports, strict=True) if zones & set(report.values)}
+    without = [site for site in dict.fromkeys(case.site for case in plan.cases) if site not in with_zones]
+    others = " ".join(f"--target {site}" for site in sorted(with_zones - set(plan.sources)))
+    return [
+        Problem(
+            site,
+            "its labels hold the whole gland only, no zones",
+            fix="Use --zones merge." if site in plan.sources or not others else f"Use --zones merge, or {others}.",
+        )
+        for site in without
+    ]
+
+
+def _digest(plan: _Plan, reports: list[Checked]) -> str:
+    """Return the hash of everything the written bytes depend on."""
+    return content_hash(
+        {
+            "format": _staging.FORMAT,
+            "name": plan.name,
+            "options": _options(plan),
+            "cases": [
+                [case.name, case.site, case.patient, *report.files]
+                for case, report in zip(plan.cases, reports, strict=True)
+            ],
+        }
+    )
+
+
+def _options(plan: _Plan) -> dict[str, Any]:
+    return {
+        "converter": plan.facts.command,
+        "zones": plan.request.zones,
+        "split": plan.request.split,
+        "drop_empty_slices": plan.request.drop_empty_slices,
+        "excluded": sorted(plan.request.exclude),
+    }
+
+
+def _show_sites(plan: _Plan, reports: list[Checked]) -> None:
+    """Print what the user should glance at: cases, sizes, spacing and labels of each site."""
+    click.echo(f"{'site':8} {'part':6} {'cases':>5}  {'size (x, y, slices)':24} {'spacing in mm':24} label values")
+    for site in dict.fromkeys(case.site for case in plan.cases):
+        own = [report for case, report in zip(plan.cases, reports, strict=True) if case.site == site]
+        part = "train" if site in plan.sources else "test"
+        values = " ".join(map(str, sorted({value for report in own for value in report.values})))
+        shapes = ", ".join(_range([report.shape[axis] for report in own]) for axis in range(3))
+        spacing = ", ".join(_range([round(report.spacing[axis], 3) for report in own]) for axis in range(3))
+        click.echo(f"{site:8} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
+    files = sum(len(case.images) + 1 for case in plan.cases)
+    click.echo(f"Writing {files} files, about {human_bytes(sum(report.bytes for report in reports))}.")
+
+
+def _range(numbers: list[Any]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def _write(plan: _Plan, reports: list[Checked], folder: Path) -> None:
+    from dataset_conversion import _parallel, _volumes
+
+    held_out = set(_held_out(plan))
+    arguments = [
+        (case, _recipe(plan, case), report, folder, "Ts" if case.name in held_out else "Tr")
+        for case, report in zip(plan.cases, reports, strict=True)
+    ]
+    try:
+        _parallel.run("Writing", _volumes.write_case, arguments, plan.request.jobs)
+    except OSError as error:
+        raise UserError(f"{folder}: writing stopped ({error}). Run the same command again, it continues.") from error
+
+
+def _held_out(plan: _Plan) -> list[str]:
+    """Return the test cases: those of the target sites, and what the split keeps from the source."""
+    names = [case.name for case in plan.cases if case.site in plan.sources]
+    kept = set(PROTOCOLS[plan.request.split].held_out(names))
+    return [case.name for case in plan.cases if case.site not in plan.sources or case.name in kept]
+
+
+def _describe(plan: _Plan, folder: Path, digest: str) -> None:
+    """Write the folds and dataset.json; a repaired dataset keeps those it has, they may have been edited."""
+    held_out = set(_held_out(plan))
+    train = [case.name for case in plan.cases if case.name not in held_out]
+    table = CaseTable(
+        cases={case.name: Case(case.site, case.patient, original=case.original) for case in plan.cases},
+        source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
+        protocol={**_options(plan), "input": digest, "version": __version__},
+    )
+    splits = PROTOCOLS[plan.request.split].folds(table, train)
+    if not (folder / SPLITS).exists() and splits:
+        write_json(folder / SPLITS, splits)
+    if not splits:
+        click.echo("Note: one patient only, so there are no folds; train with fold 'all'.", err=True)
+    if not (folder / "dataset.json").exists():
+        content = {
+            "name": plan.name[11:],
+            "channel_names": dict(plan.facts.channel_names),
+            "labels": dict(plan.labels),
+            "numTraining": len(train),
+            "file_ending": ".nii.gz",
+            "reference": plan.facts.reference,
+            "licence": plan.facts.licence,
+            KEY: table.to_dict(),
+        }
+        write_json(folder / "dataset.json", content)

@@ -1,0 +1,223 @@
+"""What a converter says about its source: sites, labels, channels, and the cases it found."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_dgplugins.errors import Problem, UserError, nearest
+
+VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital, scanner or modality of a source dataset.
+
+    Args:
+        name: name in the case table and in case ids.
+        folders: names under which releases keep it; also accepted on the command line, whatever the case.
+        default: whether it becomes a target when the user names none.
+    """
+
+    name: str
+    folders: tuple[str, ...] = ()
+    default: bool = True
+
+    def answers_to(self, text: str) -> bool:
+        """Return whether ``text`` means this site."""
+        return text.casefold() in {name.casefold() for name in (self.name, *self.folders)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a source dataset's converter knows before it opens a file.
+
+    Args:
+        command: name after ``dgplugins convert``.
+        dataset_id: nnU-Net id by default.
+        name: middle of ``DatasetXXX_<name>_<source>``.
+        sites: every site of the source.
+        channel_names: nnU-Net's, by channel index.
+        labels: nnU-Net's label names, background included.
+        mapping: label value in the source files to label value written.
+        zone_labels: label names when zones are kept; None when the source has no zones.
+        zone_mapping: mapping when zones are kept.
+        window: lowest and highest value kept where a volume of ``window_sites`` reaches below the lowest.
+        window_sites: sites whose volumes may be windowed (CT in Hounsfield units).
+        splits: names of the ways to split, the default first.
+        reference: where the data come from.
+        licence: what the data may be used for, as far as known.
+    """
+
+    command: str
+    dataset_id: int
+    name: str
+    sites: tuple[Site, ...]
+    channel_names: Mapping[str, str]
+    labels: Mapping[str, int]
+    mapping: Mapping[int, int]
+    zone_labels: Mapping[str, int] | None = None
+    zone_mapping: Mapping[int, int] | None = None
+    window: tuple[int, int] | None = None
+    window_sites: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("kfold",)
+    reference: str = ""
+    licence: str = ""
+
+    def site(self, text: str) -> Site:
+        """Return the site that ``text`` means.
+
+        Raises:
+            UserError: no site is called so.
+        """
+        for site in self.sites:
+            if site.answers_to(text):
+                return site
+        raise UserError(f"{self.command}: unknown site '{text}'{nearest(text, [site.name for site in self.sites])}")
+
+
+@dataclass(frozen=True)
+class SourceCase:
+    """One case of the download.
+
+    Args:
+        name: case id in nnU-Net, already safe in file names.
+        images: one file per channel.
+        label: voxel annotation.
+        site: name of the site.
+        patient: patient within the site.
+        original: path of the first image relative to the download's root.
+        order: position within the site; numbers count as numbers.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+    site: str
+    patient: str
+    original: str
+    order: tuple[int, str] = (0, "")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A problem of the tree, with the site and case it concerns, so that leaving those out settles it."""
+
+    problem: Problem
+    site: str | None = None
+    case: str | None = None
+
+
+@dataclass
+class Listing:
+    """What a converter found: cases, and everything that is wrong with the tree."""
+
+    cases: list[SourceCase] = field(default_factory=list)
+    troubles: list[Trouble] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+ListCases = Callable[[Path, "Request", Listing], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as typed.
+
+    Args:
+        root: folder of the download.
+        dataset_id: nnU-Net id, None for the converter's own.
+        sources: source sites; their cases are trained on.
+        targets: sites that become test cases; empty for every other one.
+        exclude: case ids to leave out.
+        zones: ``merge`` or ``keep``.
+        split: one of the facts' ``splits``.
+        drop_empty_slices: cut each volume to the slices from the first to the last with organ.
+        link: link files that need no change instead of copying them.
+        overwrite: replace an earlier conversion of other input or options.
+        jobs: processes.
+        site_map: CSV or JSON file that says the site of each case, where the tree does not.
+    """
+
+    root: Path
+    dataset_id: int | None = None
+    sources: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    zones: str = "merge"
+    split: str = "kfold"
+    drop_empty_slices: bool = False
+    link: bool = False
+    overwrite: bool = False
+    jobs: int = 2
+    site_map: Path | None = None
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted, without hidden files and the litter of archive programs."""
+    return sorted(
+        (path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"),
+        key=lambda path: path.name,
+    )
+
+
+def safe_name(text: str) -> str:
+    """Return ``text`` with letters, digits, ``-`` and ``_`` only; accents are taken off, the rest becomes ``-``."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")
+    if safe:
+        return safe
+    # nothing of the name survives in ASCII (another script): its code points still tell two names apart
+    return "u" + "-".join(f"{ord(char):x}" for char in text.strip())
+
+
+def is_volume(path: Path) -> bool:
+    """Return whether the name is that of a NIfTI file, in lower or upper case."""
+    return VOLUME.search(path.name) is not None and path.is_file()
+
+
+def stem(path: Path) -> str:
+    """Return the file name without its NIfTI ending."""
+    return VOLUME.sub("", path.name)
+
+
+def site_folders(root: Path, facts: Facts, inner: tuple[str, ...], listing: Listing) -> dict[str, Path]:
+    """Return the folder of each site, looked for in ``root`` and in the folder inside it that archives add.
+
+    Args:
+        root: what the user named.
+        facts: the sites.
+        inner: names of folders between the root and the sites, tried one below another.
+        listing: takes a warning for each folder that is no site.
+
+    Raises:
+        UserError: no site folder is there.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder.")
+    names = {name.casefold() for name in inner}
+    candidates = [root]
+    for folder in candidates:
+        candidates += [path for path in entries(folder) if path.is_dir() and path.name.casefold() in names]
+    for folder in candidates:
+        found: dict[str, Path] = {}
+        strange = []
+        for path in entries(folder):
+            site = next((site for site in facts.sites if site.answers_to(path.name)), None)
+            if site is None or not path.is_dir():
+                strange.append(path.name)
+            elif site.name in found:
+                problem = Problem(str(path), f"a second folder of {site.name}, beside {found[site.name].name}")
+                listing.troubles.append(Trouble(problem, site.name))
+            else:
+                found[site.name] = path
+        if found:
+            if strange:
+                listing.warnings.append(f"{folder}: not a site, left out: {', '.join(strange)}")
+            return found
+    looked = ", ".join(site.folders[0] if site.folders else site.name for site in facts.sites)
+    raise UserError(f"{root}: none of the folders {looked} is there. Name the folder that holds them.")

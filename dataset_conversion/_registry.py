@@ -1,0 +1,13 @@
+"""Every converter: name after ``dgplugins convert`` -> module and one line of help."""
+
+from __future__ import annotations
+
+CONVERTERS = {
+    "prostate-saml": ("Dataset501_ProstateSAML", "Six-site prostate MR, the SAML download (Processed_data_nii)."),
+    "prostate-maxstyle": (
+        "Dataset502_ProstateMaxStyle",
+        "The same prostates as MaxStyle repackaged them (reorganized).",
+    ),
+    "prostate-desam": ("Dataset503_ProstateDeSAM", "The same prostates as the DeSAM authors released them (raw_data)."),
+    "abdomen-ctmr": ("Dataset504_AbdomenCTMR", "Four abdominal organs in CT and MR (SABSCT, CHAOST2)."),
+}

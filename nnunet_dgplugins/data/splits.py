@@ -1,0 +1,144 @@
+"""Folds by site and patient, derived from the case table. Only labelled cases are listed: stock trainers may use them.
+
+Importable without torch and without nnunetv2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.errors import Problem, UserError, nearest
+
+SPLITS = "splits_final.json"
+SEED = 12345  # nnU-Net's own
+Split = dict[str, Any]  # "train" and "val": lists of cases; leave-one-site-out adds "held_out": the site
+
+
+def k_fold(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
+    """Split the labelled cases of ``names`` into ``k`` folds by patient, each site spread evenly over the folds.
+
+    Args:
+        table: sites, patients and whether a case is labelled; a case it does not list is a labelled patient of its own.
+        names: cases to split.
+        k: number of folds, at least 2.
+        seed: of the shuffling.
+
+    Raises:
+        UserError: fewer patients than folds, or ``k`` below 2.
+    """
+    groups = _patients(table, names)
+    if k < 2:
+        raise UserError(f"{k} folds asked for; at least 2 are needed, or nothing would be left to validate on.")
+    if len(groups) < k:
+        raise UserError(f"{k} folds need {k} labelled patients, there are {len(groups)}. Ask for fewer folds.")
+    by_site: dict[str, list[str]] = {}
+    for patient, cases in groups.items():
+        by_site.setdefault(table.site_of(cases[0]) or "", []).append(patient)
+    rng = np.random.RandomState(seed)  # its stream is frozen for ever: the same folds in ten years
+    dealt = [patients[i] for _, patients in sorted(by_site.items()) for i in rng.permutation(len(patients))]
+    folds = []
+    for fold in range(k):
+        val = set(dealt[fold::k])
+        folds.append(
+            {
+                "train": sorted(case for patient, cases in groups.items() if patient not in val for case in cases),
+                "val": sorted(case for patient, cases in groups.items() if patient in val for case in cases),
+            }
+        )
+    return folds
+
+
+def single_source(table: CaseTable, site: str, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
+    """Split one site's cases of ``names`` into ``k`` folds by patient; no other site is trained or validated on.
+
+    Raises:
+        UserError: the site is unknown or has too few patients.
+    """
+    check_site(table, site, names)
+    return k_fold(table, [name for name in names if table.site_of(name) == site], k, seed)
+
+
+def leave_one_site_out(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
+    """Return one fold per site, which trains and validates on the other sites only.
+
+    One part in ``k`` of the other sites' patients validates, so that no checkpoint is chosen by the held-out site.
+    Fold i holds out the i-th site by name; the extra key ``held_out`` says which.
+
+    Raises:
+        UserError: fewer than two sites, or too few patients.
+    """
+    present = [name for name in names if table.site_of(name) is not None]
+    sites = sorted({str(table.site_of(name)) for name in present})
+    if len(sites) < 2:
+        raise UserError(f"Leaving one site out needs two sites, the training cases have {len(sites)}.")
+    folds = []
+    for site in sites:
+        rest = [name for name in present if table.site_of(name) != site]
+        count = min(k, len(_patients(table, rest)))
+        folds.append({**k_fold(table, rest, count, seed)[0], "held_out": site})
+    return folds
+
+
+def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9) -> list[Split]:
+    """Return DeSAM's published split: the first ``int(fraction * n)`` cases train, the rest validate; one fold.
+
+    Raises:
+        UserError: one side would be empty.
+    """
+    labelled = [case for cases in _patients(table, names).values() for case in cases]
+    count = int(fraction * len(labelled))
+    if not 0 < count < len(labelled):
+        raise UserError(f"{len(labelled)} cases are too few for a split of {fraction:g} to {1 - fraction:.2g}.")
+    return [{"train": labelled[:count], "val": labelled[count:]}]
+
+
+def check(splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str]) -> list[Problem]:
+    """Return everything wrong with a list of folds.
+
+    Args:
+        splits: content of ``splits_final.json``.
+        table: case table, None if the dataset has none.
+        known_cases: cases of imagesTr.
+    """
+    known = set(known_cases)
+    problems = []
+    for number, split in enumerate(splits):
+        at = f"fold {number}"
+        for side in ("train", "val"):
+            if not split.get(side):
+                problems.append(Problem(at, f"no {side} cases", "at least one"))
+            for name in split.get(side, []):
+                if name not in known:
+                    problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{nearest(name, known)}"))
+                elif table is not None and name in table.cases and not table.cases[name].labelled:
+                    problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
+        train, val = set(split.get("train", [])), set(split.get("val", []))
+        problems += [Problem(at, f"'{name}' trains and validates") for name in sorted(train & val)]
+        if table is not None:
+            both = {table.patient_of(name) for name in train - val} & {table.patient_of(name) for name in val - train}
+            problems += [Problem(at, f"patient '{patient}' trains and validates") for patient in sorted(both)]
+    return problems
+
+
+def check_site(table: CaseTable, site: str, names: Sequence[str]) -> None:
+    """Refuse a site that none of ``names`` comes from.
+
+    Raises:
+        UserError: no case of that site.
+    """
+    sites = {str(table.site_of(name)) for name in names if table.site_of(name) is not None}
+    if site not in sites:
+        raise UserError(f"No training case of site '{site}'{nearest(site, sites)}")
+
+
+def _patients(table: CaseTable, names: Sequence[str]) -> dict[str, list[str]]:
+    """Return patient to labelled cases, in the order of ``names``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in table.cases or table.cases[name].labelled:
+            groups.setdefault(table.patient_of(name), []).append(name)
+    return groups
