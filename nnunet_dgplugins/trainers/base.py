@@ -44,7 +44,7 @@ class DGTrainer(nnUNetTrainer):
     ):
         self._refuse(plans, configuration, dataset_json)
         folder = _model_folder(type(self).__name__, plans, configuration)
-        resolved = self._resolve_settings(plans, configuration, folder)
+        resolved = self._resolve_settings(plans, configuration, folder, dataset_json)
         folds.check_fold(plans["dataset_name"], fold)
         continues = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -79,11 +79,11 @@ class DGTrainer(nnUNetTrainer):
 
     @classmethod
     def _resolve_settings(
-        cls, plans: dict[str, Any], configuration: str, model_folder: Path | None
+        cls, plans: dict[str, Any], configuration: str, model_folder: Path | None, dataset_json: dict[str, Any]
     ) -> settings.TrainingSettings:
         resolved = settings.resolve(cls.settings_class, plans, configuration, cls.__name__)
         trained = _settings_beside_model(model_folder, configuration, cls.__name__)
-        resolved = cls.complete_settings(resolved, trained or {})
+        resolved = cls.complete_settings(resolved, trained or {}, dataset_json)
         if trained:
             asked = settings.to_dict(resolved)
             different = [
@@ -101,7 +101,7 @@ class DGTrainer(nnUNetTrainer):
 
     @classmethod
     def complete_settings(
-        cls, resolved: settings.TrainingSettings, trained: dict[str, Any]
+        cls, resolved: settings.TrainingSettings, trained: dict[str, Any], dataset_json: dict[str, Any]
     ) -> settings.TrainingSettings:
         """Replace values that say ``auto`` by what they stand for; ``trained`` holds an existing model's values."""
         return resolved

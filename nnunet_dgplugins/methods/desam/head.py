@@ -1,0 +1,92 @@
+"""The promptable head: frozen prompt encoder and trained decoder, in the form training and prediction call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
+from nnunet_dgplugins.methods.desam.grid import predict_box, predict_grid
+from nnunet_dgplugins.methods.desam.prompts import GRID_SIZE, EncodedPrompts, encode_box, encode_points, grid_points
+from nnunet_dgplugins.methods.desam.selection import SelectionRule
+
+
+class DeSAMHead(nn.Module):
+    """From encoder features to masks.
+
+    Args:
+        mask_decoder: PRIM and PDMM.
+        prompt_encoder: SAM's, frozen.
+        prompt: ``box`` (DeSAM-B, the whole image) or ``grid`` (DeSAM-P).
+        grid_size: points per side of the grid.
+        rule: thresholds, clean-up and frame.
+    """
+
+    def __init__(
+        self,
+        mask_decoder: DeSAMDecoder,
+        prompt_encoder: nn.Module,
+        prompt: str = "box",
+        grid_size: int = GRID_SIZE,
+        rule: SelectionRule | None = None,
+    ):
+        super().__init__()
+        self.mask_decoder = mask_decoder
+        self.prompt_encoder = prompt_encoder.requires_grad_(False)
+        self.prompt, self.grid_size = prompt, grid_size
+        self.rule = rule or SelectionRule()
+
+    @property
+    def num_classes(self) -> int:
+        """Mask channels K."""
+        return self.mask_decoder.num_classes
+
+    def box(self, features: Sequence[Tensor]) -> Tensor:
+        """Return raw logits (B, K, 4g, 4g) for the box around the whole image: one decoder pass, with gradients."""
+        return self._decode(features, encode_box(self.prompt_encoder, len(features[-1])))[0]
+
+    def points(self, features: Sequence[Tensor], xy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw logits (B, K, 4g, 4g) and IoU predictions (B, max(4, K)) for one point per image, xy (B, 1, 2)."""
+        return self._decode(features, encode_points(self.prompt_encoder, xy))
+
+    @torch.no_grad()
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what is deployed: logits (B, K, 4g, 4g) after selection and clean-up, and a confidence (B, K) in [0, 1].
+
+        With the grid the confidence is the selected mask's predicted IoU. With the whole box nothing trains the IoU
+        head; there it is the Dice the mask expects under its own probabilities.
+        """
+        if self.prompt == "box":
+            logits = predict_box(
+                self.mask_decoder, features[:-1], features[-1], encode_box(self.prompt_encoder), self.rule
+            )
+            return logits, expected_dice(logits)
+        canvas = int(self.prompt_encoder.input_image_size[0])  # type: ignore[index]
+        prompts = encode_points(self.prompt_encoder, grid_points(self.grid_size, (canvas, canvas), canvas))
+        found = [
+            predict_grid(self.mask_decoder, [tap[i : i + 1] for tap in features[:-1]], features[-1][i : i + 1], prompts, self.rule)
+            for i in range(len(features[-1]))
+        ]
+        return torch.stack([one.logits for one in found]), torch.stack([one.iou for one in found]).clamp(0, 1)
+
+    def _decode(self, features: Sequence[Tensor], prompts: EncodedPrompts) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.mask_decoder(
+            features[:-1], features[-1], prompts.sparse, prompts.dense, prompts.dense_pe
+        )
+        return found
+
+
+def expected_dice(logits: Tensor) -> Tensor:
+    """Return the Dice (B, K) a mask expects of itself, ``2 sum(p m) / (sum(p) + sum(m))`` with p its probabilities.
+
+    An empty mask is as sure as its likeliest pixel is unlikely.
+
+    Args:
+        logits: (B, K, H, W); the mask m is where they are above 0.
+    """
+    probability = logits.float().sigmoid()
+    mask = (logits > 0).to(probability.dtype)
+    overlap, size = 2 * (probability * mask).sum((2, 3)), mask.sum((2, 3))
+    return torch.where(size > 0, overlap / (probability.sum((2, 3)) + size).clamp(min=1e-6), 1 - probability.amax((2, 3)))

@@ -1,0 +1,85 @@
+"""A frozen SAM encoder with a promptable head, in the form nnU-Net's predictor wants a network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nnunet_dgplugins.sam.frozen import FrozenEncoder
+from nnunet_dgplugins.sam.models import SamModel
+from nnunet_dgplugins.sam.preprocess import content_box, from_canvas, to_canvas
+
+#: logit of everything that is not there; finite, because nnU-Net sums tiles in half precision
+CLOSED = -50.0
+
+
+class SliceSegmenter(nn.Module):
+    """Segments whole slices: zero padding removed, canvas, frozen encoder, head, back to the slice.
+
+    Args:
+        model: sizes of SAM.
+        encoder: the frozen image encoder.
+        head: promptable decoder; ``head(features)`` gives mask logits (B, K, m, m) and a confidence (B, K) in [0, 1].
+        channels: input channels shown to SAM, one or three.
+        background: put a background channel of zeros first (classes); without it channels are regions of their own.
+    """
+
+    def __init__(
+        self, model: SamModel, encoder: FrozenEncoder, head: nn.Module, channels: Sequence[int], background: bool
+    ):
+        super().__init__()
+        self.model, self.channels, self.background = model, tuple(channels), background
+        self.image_encoder = encoder
+        self.head = head
+        self._warned = False
+
+    def canvas(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the canvas (3, S, S) of one slice (C, H, W)."""
+        return to_canvas(x, self.model, self.channels)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the encoder's features of slices (B, C, H, W): taps from shallow to deep, then the neck."""
+        return self.image_encoder(torch.stack([self.canvas(item) for item in x]))
+
+    def segment(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Segment slices.
+
+        Args:
+            x: (B, C, H, W) as nnU-Net preprocessed them, zero-padded or not.
+
+        Returns:
+            Logits (B, heads, H, W), finite, and the head's confidence (B, K); 1 for a slice that is zero everywhere,
+            because nothing is there to be wrong about.
+        """
+        boxes = [content_box(item) for item in x]
+        shown = [index for index, box in enumerate(boxes) if box is not None]
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        self._warn_if_tiled(boxes, size)
+        heads = self.head.num_classes
+        logits = torch.full((len(x), heads, *size), CLOSED, device=x.device)
+        confidence = torch.ones((len(x), heads), device=x.device)
+        if shown:
+            found, sure = self.head(self.features(x[shown]))
+            confidence[shown] = sure.float()
+            for place, index in enumerate(shown):
+                logits[index] = from_canvas(found[place].float().clamp(CLOSED, -CLOSED), boxes[index], size, CLOSED)
+        if self.background:
+            logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
+        return logits, confidence
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, heads, H, W) of slices (B, C, H, W)."""
+        return self.segment(x)[0]
+
+    def _warn_if_tiled(self, boxes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> None:
+        if self._warned or not any(b and (b[1] - b[0] == size[0] or b[3] - b[2] == size[1]) for b in boxes):
+            return
+        self._warned = True
+        warnings.warn(
+            f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: slices larger than the patch are cut into "
+            "tiles, and each tile is segmented as if it were a slice. Give the network a larger patch_size in the plans.",
+            stacklevel=3,
+        )
