@@ -6,14 +6,14 @@ Everything is read from the files, so the same tests hold for files made with an
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nnunet_dgplugins.methods.desam import losses, prompts
+from nnunet_dgplugins.methods.desam import losses, preprocess, prompts
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
 from nnunet_dgplugins.methods.desam.network import trainable_parameters, untrained_names
 from nnunet_dgplugins.methods.desam.selection import SelectionRule, select_masks, suppress_border
@@ -233,3 +233,63 @@ def test_masks_are_selected_exactly_as_in_the_released_code(case, area):
     np.testing.assert_array_equal(kept.selected, vector("mask_selection")[f"{start}/selected"])
     framed = suppress_border(kept.selected, SelectionRule(border=48).frame_in(kept.masks.shape))
     np.testing.assert_array_equal(framed, vector("mask_selection")[f"{start}/selected_border12"])
+
+
+@pytest.mark.parametrize("case", ["down", "up"])
+def test_preprocessing_matches_the_released_code(case):
+    expected = {
+        key.removeprefix(f"{case}/"): value for key, value in vector("preprocess").items() if key.startswith(case)
+    }
+    volume, size = expected["in/volume_zyx"], int(expected["in/image_size"])
+    np.testing.assert_allclose(np.percentile(volume, preprocess.PERCENTILES), expected["out/percentiles"], rtol=1e-5)
+    found = preprocess.preprocess_volume(volume, expected["in/label_zyx"], size, drop_last_slice=True)
+    np.testing.assert_array_equal(found.index, expected["out/slice_index"])
+    np.testing.assert_array_equal(found.labels, expected["out/gts"])
+    assert_nearly_equal_grey(found.images, expected["out/imgs"])
+    resized = preprocess.to_canvas(expected["out/imgs"][0], 2 * size)
+    assert_nearly_equal_grey(resized, expected["out/first_resized_to_64"])
+    normalised = preprocess.normalise(expected["out/first_resized_to_64"], 2 * size)
+    np.testing.assert_allclose(normalised, expected["out/first_normalised_to_64"], atol=1e-4)
+
+
+def test_the_last_slice_is_kept_unless_asked_otherwise():
+    volume, label = vector("preprocess")["up/in/volume_zyx"], vector("preprocess")["up/in/label_zyx"]
+    last = np.flatnonzero((label == 1).any(axis=(1, 2)))[-1]
+    assert last in preprocess.preprocess_volume(volume, label, 32).index
+    assert last not in preprocess.preprocess_volume(volume, label, 32, drop_last_slice=True).index
+
+
+def assert_nearly_equal_grey(found: np.ndarray, expected: np.ndarray) -> None:
+    """Equal up to one grey level in one per cent of the pixels: scikit-image's versions differ in rounding."""
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.01
+
+
+def test_features_are_tapped_where_the_released_code_taps_them():
+    from segment_anything.modeling.image_encoder import ImageEncoderViT
+
+    from nnunet_dgplugins.sam.encoder import TappedEncoder
+
+    blocks = [int(i) for i in vector("encoder_taps")["in/global_attn_indexes"]]
+    x = tensor("encoder_taps", "in/x")
+    encoder = ImageEncoderViT(
+        img_size=x.shape[-1],
+        patch_size=16,
+        embed_dim=16,
+        depth=8,
+        num_heads=2,
+        mlp_ratio=2,
+        out_chans=12,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        window_size=3,
+        use_rel_pos=True,
+        global_attn_indexes=tuple(blocks),
+    )
+    encoder.load_state_dict(weights("encoder_taps", "image_encoder."), strict=True)
+    with torch.no_grad():
+        features = TappedEncoder(encoder, tuple(blocks[:-1]))(x)
+    for name, found in zip(("tap0", "tap1", "tap2", "neck"), features, strict=True):
+        expected = vector("encoder_taps")[f"out/{name}"]
+        limit = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(found.numpy(), expected, atol=limit, rtol=0, err_msg=name)
