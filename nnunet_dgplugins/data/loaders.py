@@ -9,31 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_dgplugins.data.slices import Slice, SliceSet
-
-#: slices -> stacked features, one tensor per feature level
-ReadBatch = Callable[[Sequence[Slice]], list[torch.Tensor]]
+#: keys -> stacked features, one tensor per feature level
+ReadBatch = Callable[[Sequence[Any]], list[torch.Tensor]]
 
 
 class SliceLoader(Iterator[dict[str, Any]]):
-    """Yields batches ``{features, labels, keys, slices}`` and reads the next one while the current one is used.
+    """Yields batches ``{features, labels, keys}`` and reads the next one while the current one is used.
 
     The order of an epoch depends on (seed, epoch) alone, so a resumed run sees what an uninterrupted one would.
 
     Args:
-        slices: the slices and their label maps.
+        keys: one key per slice.
+        labels: (N, m, m) label map of each slice.
         read: reads the features of a batch.
         batch_size: slices per batch; the last batch of a pass is filled from the next pass.
-        seed: seed of the order; None keeps the order of ``slices`` and lets the last batch be smaller.
+        seed: seed of the order; None keeps the order of ``keys`` and lets the last batch be smaller.
         steps: batches per epoch; None: one pass over the slices.
     """
 
     def __init__(
-        self, slices: SliceSet, read: ReadBatch, batch_size: int, seed: int | None = None, steps: int | None = None
+        self,
+        keys: Sequence[Any],
+        labels: torch.Tensor,
+        read: ReadBatch,
+        batch_size: int,
+        seed: int | None = None,
+        steps: int | None = None,
     ):
-        self._slices, self._read, self._seed = slices, read, seed
-        self._batch_size = min(batch_size, max(1, len(slices)))
-        self.steps = steps or -(-len(slices) // self._batch_size)
+        self._keys, self._labels, self._read, self._seed = keys, labels, read, seed
+        self._batch_size = min(batch_size, max(1, len(keys)))
+        self.steps = steps or -(-len(keys) // self._batch_size)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="slices")
         self._pending: Future[dict[str, Any]] | None = None
         self._batches: Iterator[np.ndarray] = iter(())
@@ -66,16 +71,11 @@ class SliceLoader(Iterator[dict[str, Any]]):
         return None if chosen is None else self._pool.submit(self._load, chosen)
 
     def _load(self, chosen: np.ndarray) -> dict[str, Any]:
-        slices = [self._slices.slices[int(index)] for index in chosen]
-        return {
-            "features": self._read(slices),
-            "labels": self._slices.labels[torch.from_numpy(chosen)],
-            "keys": [item.case for item in slices],
-            "slices": slices,
-        }
+        keys = [self._keys[int(index)] for index in chosen]
+        return {"features": self._read(keys), "labels": self._labels[torch.from_numpy(chosen)], "keys": keys}
 
     def _order(self, epoch: int) -> Iterator[np.ndarray]:
-        count = len(self._slices)
+        count = len(self._keys)
         if self._seed is None:
             order = np.arange(count)
             yield from (order[start : start + self._batch_size] for start in range(0, count, self._batch_size))

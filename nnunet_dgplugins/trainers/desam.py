@@ -13,7 +13,6 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.loaders import SliceLoader
-from nnunet_dgplugins.data.slices import SliceSet, masks, read_slices
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.losses import desam_loss
 from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, load_decoder, trainable_parameters
@@ -23,6 +22,7 @@ from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
+from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import DeSAMSettings
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
@@ -140,8 +140,8 @@ class DeSAMTrainer(WholeSliceTrainer):
         batch = chosen.batch_size or self.configuration_manager.batch_size
         self.prompt_generator = np.random.default_rng(chosen.seed)
         loaders = (
-            SliceLoader(train, store.read_batch, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
-            SliceLoader(val, store.read_batch, batch),
+            SliceLoader(train.keys, train.labels, store.read_batch, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
+            SliceLoader(val.keys, val.labels, store.read_batch, batch),
         )
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in loaders)
         self.print_to_log_file(f"{len(train)} training slices, {len(val)} validation slices, {loaders[0].steps} steps per epoch.")
@@ -171,7 +171,7 @@ class DeSAMTrainer(WholeSliceTrainer):
         with self.autocast():
             prediction = self._prompted(features, target, valid)
         loss = self.loss(target=target, valid=valid, variant=self.settings.loss, **prediction)["total"]
-        self.check_loss(loss, batch["keys"])
+        self.check_loss(loss, sorted({key.case for key in batch["keys"]}))
         if self.grad_scaler is None:
             loss.backward()
             self.optimizer.step()
@@ -237,7 +237,7 @@ class DeSAMGridTrainer(DeSAMTrainer):
     def _validated(
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        seeds = [item.z for item in batch["slices"]]
+        seeds = [key.z for key in batch["keys"]]
         points = fixed_points(target.cpu(), seeds, self.network.model.image_size, None if valid is None else valid.cpu())
         prediction = self._at(features, points)
         if self.settings.validation == "points":

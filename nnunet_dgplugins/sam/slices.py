@@ -10,21 +10,7 @@ import numpy as np
 import torch
 
 from nnunet_dgplugins.sam.preprocess import content_box, resize_target
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One axial slice of a preprocessed case.
-
-    Args:
-        case: case identifier.
-        z: index along the first spatial axis of the preprocessed array.
-        view: 0 for the plain slice, k for its k-th augmented view.
-    """
-
-    case: str
-    z: int
-    view: int = 0
+from nnunet_dgplugins.sam.store import Key
 
 
 @dataclass(frozen=True)
@@ -32,19 +18,19 @@ class SliceSet:
     """Slices and their label maps on the mask grid.
 
     Args:
-        slices: the slices, in case and z order.
+        keys: case, z along the first spatial axis, view (0: the plain slice), in case and z order.
         labels: (N, m, m) int16, nearest label of each mask pixel inside the slice's content; -1 outside the crop.
     """
 
-    slices: list[Slice]
+    keys: list[Key]
     labels: torch.Tensor
 
     def __len__(self) -> int:
-        return len(self.slices)
+        return len(self.keys)
 
 
-#: (data (C, H, W) float32, label (1, H, W) int16, slice) -> the same two, augmented
-Augment = Callable[[torch.Tensor, torch.Tensor, Slice], tuple[torch.Tensor, torch.Tensor]]
+#: (data (C, H, W) float32, label (1, H, W) int16, key) -> the same two, augmented
+Augment = Callable[[torch.Tensor, torch.Tensor, Key], tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_slices(
@@ -73,7 +59,7 @@ def read_slices(
     Returns:
         All slices that show anything; a slice that is zero everywhere has nothing to learn from and is left out.
     """
-    slices, labels = [], []
+    keys, labels = [], []
     for case in cases:
         data, seg, _, _ = dataset.load_case(case)
         data, seg = np.asarray(data[:], np.float32), np.asarray(seg[:1], np.int16)
@@ -83,17 +69,17 @@ def read_slices(
             wanted = [z for z in wanted if z != organ[-1]]
         for z in wanted:
             for view in range(views + 1):
-                item = Slice(case, z, view)
+                key = Key(case, z, view)
                 image, label = torch.from_numpy(data[:, z]), torch.from_numpy(seg[:, z])
                 if view and augment is not None:
-                    image, label = augment(image, label, item)
+                    image, label = augment(image, label, key)
                 box = content_box(image)
                 if box is None:
                     continue
-                slices.append(item)
+                keys.append(key)
                 labels.append(resize_target(label, box, mask_size)[0].to(torch.int16))
     stacked = torch.stack(labels) if labels else torch.empty((0, mask_size, mask_size), dtype=torch.int16)
-    return SliceSet(slices, stacked)
+    return SliceSet(keys, stacked)
 
 
 def masks(
