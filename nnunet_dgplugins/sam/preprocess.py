@@ -1,0 +1,136 @@
+"""From a slice of nnU-Net's data to SAM's canvas and back; one rule for training, embedding and prediction.
+
+nnU-Net's predictor pads a slice with exact zeros up to its patch size. Everything here looks only at the box of
+non-zero pixels, so padding never changes a bit of the result. SAM itself was given 0..255 RGB images; the published
+DeSAM preprocessing (percentiles, stretch to the square canvas, SAM's normalisation) is applied per slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.sam.models import SamModel
+
+PREPROCESSING_VERSION = 1
+PERCENTILES = (0.005, 0.995)
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+Box = tuple[int, int, int, int]
+
+
+def content_box(x: torch.Tensor) -> Box | None:
+    """Return the bounding box of pixels that are non-zero in any channel.
+
+    Args:
+        x: one slice (C, H, W), any type.
+
+    Returns:
+        (top, bottom, left, right), bottom and right exclusive; None for a slice of zeros.
+    """
+    filled = (x != 0).any(dim=0)
+    rows, columns = filled.any(dim=1).nonzero(), filled.any(dim=0).nonzero()
+    if not len(rows):
+        return None
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def crop(x: torch.Tensor, box: Box | None) -> torch.Tensor:
+    """Return the part of (..., H, W) inside the box, contiguous; all of it without a box."""
+    if box is None:
+        return x.contiguous()
+    top, bottom, left, right = box
+    return x[..., top:bottom, left:right].contiguous()
+
+
+def check_channels(channels: Sequence[int], available: int, where: str) -> None:
+    """Refuse a channel choice that the data cannot serve.
+
+    Raises:
+        UserError: neither one nor three channels, or a channel that is not there.
+    """
+    if len(channels) not in (1, 3) or any(not 0 <= channel < available for channel in channels):
+        raise UserError(
+            f"{where}: channels={list(channels)} cannot be shown to SAM. Choose one channel (grey) or three "
+            f"(red, green, blue) out of 0..{available - 1}."
+        )
+
+
+def to_canvas(x: torch.Tensor, model: SamModel, channels: Sequence[int]) -> torch.Tensor:
+    """Prepare one slice for SAM's encoder.
+
+    Args:
+        x: slice (C, H, W) as nnU-Net preprocessed it, with or without zero padding.
+        model: gives the canvas size S.
+        channels: one channel (replicated to RGB) or three.
+
+    Returns:
+        (3, S, S) float32. Each channel is clipped to its own 0.5 and 99.5 percentile inside the content box, scaled to
+        0..255 (a constant channel becomes 0), stretched to the square without keeping the aspect ratio, normalised.
+    """
+    box = content_box(x)
+    if box is None:
+        part = x.new_zeros((len(channels), 1, 1), dtype=torch.float32)  # so that the size of an empty slice is no input
+    else:
+        part = crop(x[list(channels)].float(), box)
+    low, high = _percentiles(part.flatten(1))
+    spread = (high - low)[:, None, None]
+    part = torch.minimum(torch.maximum(part, low[:, None, None]), high[:, None, None]) - low[:, None, None]
+    part = torch.where(spread > 0, part / torch.where(spread > 0, spread, 1.0), 0.0) * 255
+    size = (model.image_size, model.image_size)
+    canvas = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+    mean = canvas.new_tensor(PIXEL_MEAN)[:, None, None]
+    std = canvas.new_tensor(PIXEL_STD)[:, None, None]
+    return (canvas.expand(3, -1, -1) - mean) / std
+
+
+def _percentiles(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Percentiles of each row of (C, N), linear between neighbours; ``torch.quantile`` refuses large slices."""
+    ordered = values.sort(dim=1).values
+    found = []
+    for share in PERCENTILES:
+        place = share * (values.shape[1] - 1)
+        below = int(place)
+        above = min(below + 1, values.shape[1] - 1)
+        found.append(torch.lerp(ordered[:, below], ordered[:, above], place - below))
+    return found[0], found[1]
+
+
+def from_canvas(logits: torch.Tensor, box: Box | None, size: tuple[int, int], closed: float = -50.0) -> torch.Tensor:
+    """Bring mask logits back to the slice.
+
+    Args:
+        logits: (K, h, w) on the canvas.
+        box: what :func:`content_box` said of the slice.
+        size: (H, W) of the slice.
+        closed: value outside the box, and everywhere without a box; finite, because nnU-Net sums in half precision.
+
+    Returns:
+        (K, H, W), bilinear inside the box.
+    """
+    full = logits.new_full((logits.shape[0], *size), closed)
+    if box is None:
+        return full
+    top, bottom, left, right = box
+    inside = F.interpolate(logits[None], size=(bottom - top, right - left), mode="bilinear", align_corners=False)[0]
+    full[:, top:bottom, left:right] = inside
+    return full
+
+
+def resize_target(target: torch.Tensor, box: Box | None, size: int) -> torch.Tensor:
+    """Bring a target slice onto the mask that the decoder writes, by nearest pixel centres.
+
+    Args:
+        target: (C, H, W), whole numbers of any type; values are kept, negative ones too.
+        box: what :func:`content_box` said of the image slice.
+        size: side of the mask in pixels.
+
+    Returns:
+        (C, size, size) of the same type.
+    """
+    part = crop(target, box)
+    rows, columns = (((torch.arange(size) + 0.5) * (side / size)).long().to(target.device) for side in part.shape[-2:])
+    return part[..., rows[:, None], columns[None, :]]
