@@ -96,7 +96,7 @@ class ResSE(nn.Module):
     def forward_halves(self, first: Tensor, second: Halves) -> Tensor:
         """Equal :meth:`forward` of ``cat[first, x]`` where ``second = second_half(x)`` (batch 1 or that of first)."""
         wide, shortcut = second
-        if shortcut is None:
+        if self.identity or shortcut is None:
             raise ValueError("A block with an identity shortcut cannot take its input in halves.")
         return self._finish(self.conv1.part(first, 0) + wide, _norm(self.conv3.part(first, 0) + shortcut))
 
