@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_paths()["purelib"])
 OURS = ("nnunet_dgplugins", "_nnunet_dgplugins", "dataset_conversion", "_editable_impl_nnunet_dgplugins", "__editable__")
-LOOKUP = "from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name as f; c = f('{}'); print(c.__module__, c.__name__)"
+LOOKUP = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f; c = f('{}'); print(c.__module__, c.__name__)"
 
 
 class Environment:
@@ -133,7 +133,7 @@ def test_the_wheel_holds_the_two_packages_and_the_start_up_files_only(installed:
 
 
 def test_two_lookups_give_the_same_class_and_every_registered_trainer_is_found():
-    from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunet_dgplugins.registry import TRAINERS, load_trainer
 

@@ -75,7 +75,7 @@ def _lookup() -> list[dict[str, Any]]:
     checks = [_check(ext.VARIABLE, "good" if variable else "failed", variable or "not set", "" if variable else _BY_HAND)]
     try:
         with redirect_stdout(StringIO()):
-            from nnunetv2.utilities.find_class_by_name import recursive_find_trainer_class_by_name
+            from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
     except ImportError as error:
         return [*checks, _check("trainer lookup", "failed", f"nnunetv2 cannot be imported: {error}")]
     for name, info in TRAINERS.items():

@@ -83,13 +83,13 @@ def read_slices(
 
 
 def masks(
-    labels: torch.Tensor, heads: Sequence[int | Sequence[int]], ignore: int | None
+    labels: torch.Tensor, heads: Sequence[Sequence[int]], ignore: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Turn label maps into one binary mask per head.
 
     Args:
         labels: (B, h, w) label values; negative values count as background.
-        heads: per output channel the label value, or the values of a region.
+        heads: label values of each output channel: one for a class, several for a region.
         ignore: label value that says "not annotated".
 
     Returns:
@@ -97,8 +97,7 @@ def masks(
     """
     channels = []
     for head in heads:
-        values = torch.as_tensor([head] if isinstance(head, int) else list(head), device=labels.device)
-        channels.append(torch.isin(labels, values.to(labels.dtype)))
+        channels.append(torch.isin(labels, torch.as_tensor(list(head), device=labels.device, dtype=labels.dtype)))
     stacked = torch.stack(channels, 1).float()
     valid = None if ignore is None else (labels != ignore).float()[:, None]
     return stacked, valid

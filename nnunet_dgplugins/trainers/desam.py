@@ -25,6 +25,7 @@ from nnunet_dgplugins.sam.segmenter import SliceSegmenter
 from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import DeSAMSettings
+from nnunet_dgplugins.system import keep_freed_memory
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
 
 
@@ -78,6 +79,8 @@ class DeSAMTrainer(WholeSliceTrainer):
         """Build the network from the settings kept in the plans; no weight file is needed."""
         block = configuration_manager.configuration[settings.KEY]
         chosen = settings.build(DeSAMSettings, block[cls.__name__], f"{cls.__name__}, plans beside the model")
+        if chosen.keep_freed_memory:
+            keep_freed_memory()  # prediction comes here without ever making a trainer
         regions = block["heads"] == "regions"
         model = get_model(chosen.sam)
         decoder = build_decoder(model, num_output_channels if regions else num_output_channels - 1)
@@ -116,10 +119,11 @@ class DeSAMTrainer(WholeSliceTrainer):
     # ---------------------------------------------------------------- data
 
     @property
-    def heads(self) -> Sequence[int | Sequence[int]]:
-        """Label value, or values of a region, of each mask channel."""
+    def heads(self) -> list[tuple[int, ...]]:
+        """Label values of each mask channel: one for a class, several for a region."""
         manager = self.label_manager
-        return manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
 
     def get_dataloaders(self) -> tuple[SliceLoader, SliceLoader]:
         """Return loaders of stored features; embeddings that are missing are computed first."""
@@ -148,7 +152,7 @@ class DeSAMTrainer(WholeSliceTrainer):
         return loaders
 
     def _slices(self, dataset: Any, cases: Sequence[str], **options: Any) -> SliceSet:
-        organ = [value for head in self.heads for value in ([head] if isinstance(head, int) else head)]
+        organ = sorted({value for head in self.heads for value in head})
         return read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, **options)
 
     def _batch(self, batch: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
