@@ -1,0 +1,145 @@
+"""``dgplugins evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nnunet_dgplugins.cli.options import json_option, print_json
+
+if TYPE_CHECKING:
+    from nnunet_dgplugins.evaluation.doubt import Correlation, Doubt
+    from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command("evaluate")
+@click.argument("dataset")
+@click.argument("predictions", type=_FOLDER)
+@click.option("--labels", type=_FOLDER, help="Reference labels; default: labelsTs of the dataset.")
+@json_option
+@click.option(
+    "--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Write every value, one a line."
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["standard", "desam", "samsdg"]),
+    default="standard",
+    show_default=True,
+    help="Whose definition of the numbers: whole volumes in mm, or a paper's own.",
+)
+@click.option(
+    "--partial", "partial_folder", is_flag=True, help="Evaluate the cases that have both a prediction and a label."
+)
+@click.option("--per-case", is_flag=True, help="Print every case, however many.")
+@click.option("--no-labels", is_flag=True, help="Rank the cases by the method's own doubt; labels are not needed.")
+@click.option("--model", type=_FOLDER, help="Trained model folder, to write the doubt file if it is missing.")
+@click.option(
+    "--images", type=_FOLDER, help="Images of the predictions, for --model; default: imagesTs of the dataset."
+)
+@click.option("--overlays", type=click.Path(file_okay=False, path_type=Path), help="Write one PNG per case.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
+def command(
+    dataset: str,
+    predictions: Path,
+    labels: Path | None,
+    as_json: bool,
+    csv_file: Path | None,
+    protocol: str,
+    partial_folder: bool,
+    per_case: bool,
+    no_labels: bool,
+    model: Path | None,
+    images: Path | None,
+    overlays: Path | None,
+    jobs: int,
+) -> None:
+    """Compare PREDICTIONS with the labels of DATASET: per case, class and site, in mm.
+
+    DATASET is an id or a name; PREDICTIONS a folder written by nnUNetv2_predict.
+    """
+    from nnunet_dgplugins.evaluation.evaluate import Dataset, evaluate
+
+    if no_labels and (csv_file or overlays or protocol != "standard"):
+        raise click.UsageError("--no-labels gives a ranking only: leave out --csv, --overlays and --protocol.")
+    if images and not model:
+        raise click.UsageError("--images is for --model: give the model folder too.")
+    data = Dataset.load(dataset)
+    if model:
+        _write_doubt(data, predictions, model, images)
+    if no_labels:
+        _rank(data, predictions, labels, as_json, jobs)
+        return
+    result = evaluate(data, predictions, labels, protocol=protocol, partial_folder=partial_folder, jobs=jobs)
+    doubts, correlation = _doubt_beside(result)
+    _report(result, doubts, correlation, as_json, csv_file, per_case)
+    if overlays:
+        from nnunet_dgplugins.evaluation.overlay import overlay_folder
+
+        written = overlay_folder(result, overlays, images)
+        click.echo(f"{len(written)} overlays in {overlays}", err=True)
+
+
+def _report(
+    result: Evaluation,
+    doubts: list[Doubt],
+    correlation: Correlation | None,
+    as_json: bool,
+    csv_file: Path | None,
+    per_case: bool,
+) -> None:
+    from nnunet_dgplugins.evaluation import doubt, show, tables
+
+    if csv_file:
+        tables.write_csv(result, csv_file)
+        click.echo(f"{len(result.table)} values in {csv_file}", err=True)
+    if as_json:
+        print_json(tables.to_json(result, doubt.to_json(doubts, correlation) if doubts else None))
+        return
+    show.show(result, all_cases=per_case)
+    if doubts:
+        show.show_doubt(doubts, correlation)
+
+
+def _rank(data: Dataset, predictions: Path, labels: Path | None, as_json: bool, jobs: int) -> None:
+    """Print the cases by doubt, and how that agrees with Dice for the cases that have labels."""
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.evaluation import doubt, show
+    from nnunet_dgplugins.evaluation.evaluate import evaluate
+
+    doubts = doubt.read_doubt(predictions)
+    correlation = None
+    reference = labels or data.folder / "labelsTs"
+    if reference.is_dir() and data.files(reference).keys() & data.files(predictions).keys():
+        try:
+            result = evaluate(data, predictions, reference, partial_folder=True, jobs=jobs)
+            correlation = doubt.rank_correlation(doubts, result.table)
+        except UserError as error:  # the ranking stands without labels, so faulty ones must not hide it
+            click.echo(f"No rank correlation with Dice, because the labels cannot be used. {error}", err=True)
+    if as_json:
+        print_json(doubt.to_json(doubts, correlation))
+    else:
+        show.show_doubt(doubts, correlation)
+
+
+def _doubt_beside(result: Evaluation) -> tuple[list[Doubt], Correlation | None]:
+    """Return the doubt that lies beside the predictions, if it does, and its rank correlation with Dice."""
+    from nnunet_dgplugins.evaluation import doubt
+
+    if result.protocol != "standard" or not (result.predictions / doubt.FILE).is_file():
+        return [], None
+    doubts = doubt.read_doubt(result.predictions)
+    return doubts, doubt.rank_correlation(doubts, result.table)
+
+
+def _write_doubt(data: Dataset, predictions: Path, model: Path, images: Path | None) -> None:
+    from nnunet_dgplugins.evaluation.doubt import FILE
+
+    if (predictions / FILE).is_file():
+        return
+    from nnunet_dgplugins.trainers.doubt import write_doubt
+
+    write_doubt(model, images or data.folder / "imagesTs", predictions)
