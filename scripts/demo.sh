@@ -56,12 +56,12 @@ dataset="Dataset501_ProstateSAML_$source_site"
 images="$nnUNet_raw/$dataset/imagesTs"
 
 step train_desam nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -device "$device"
-minutes="$(python -m nnunet_dgplugins.demo minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
+minutes="$(python scripts/demo_table.py minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
 step train_stock python -m nnunet_dgplugins.budget 501 2d 0 -tr nnUNetTrainer --minutes "$minutes" -device "$device"
 for trainer in DeSAMTrainer nnUNetTrainer; do
   step "predict_$trainer" nnUNetv2_predict -d 501 -i "$images" -o "$out/predictions/$trainer" -c 2d -f 0 \
     -tr "$trainer" -device "$device" -npp 0 -nps 0
   step "evaluate_$trainer" dgplugins evaluate 501 "$out/predictions/$trainer" --csv "$out/$trainer.csv"
 done
-python -m nnunet_dgplugins.demo table 501 "$out" --minutes "$minutes"
+python scripts/demo_table.py table 501 "$out" --minutes "$minutes"
 echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Logs: $out/log"

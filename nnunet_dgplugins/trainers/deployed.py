@@ -1,13 +1,12 @@
-"""A trained model of ours outside nnU-Net's commands: bundled, imported, asked for its doubt."""
+"""Model folders made complete: frozen weights bundled, official checkpoints imported."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nnunet_dgplugins import settings
@@ -15,8 +14,6 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, RESULTS, dataset_name, nnunet_folder, read_json, write_json
 from nnunet_dgplugins.registry import TRAINERS, load_trainer
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint, write_checkpoint
-
-DOUBT_FILE = "dgplugins_doubt.json"
 
 
 def bundle(model_folder: Path, checkpoint: str = "checkpoint_final.pth", say: Callable[[str], None] = print) -> list[Path]:
@@ -87,79 +84,6 @@ def import_desam(
     write_json(folder / "dataset.json", built.dataset_json)
     print(f"{target}: {size} with its own encoder.")
     return folder
-
-
-def write_doubt(
-    model_folder: Path,
-    images: Path,
-    predictions: Path,
-    folds: Sequence[int | str] = (0,),
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> Path:
-    """Ask a model how sure it was of each case and write ``dgplugins_doubt.json`` beside its predictions.
-
-    The doubt of a class is 1 minus the network's confidence (DeSAM: predicted IoU of the selected mask; whole box: the
-    Dice the mask expects of itself), averaged over slices with that class, weighted by area; a class that is nowhere
-    has doubt 1, because an organ that is missing is what one should look at. A case's doubt is its classes' mean.
-
-    Args:
-        model_folder: ``<Trainer>__<plans>__<configuration>``.
-        images: folder of the images that were predicted, nnU-Net's names.
-        predictions: folder of the predictions; cases are those found here.
-        folds: the first one is asked.
-        device: where the network runs.
-        progress: show a bar on a terminal.
-    """
-    import tqdm
-
-    predictor = _predictor(model_folder, folds, torch.device(device))
-    network, configuration = predictor.network, predictor.configuration_manager
-    if not hasattr(network, "segment"):
-        raise UserError(f"{model_folder}: this trainer's network says nothing about its doubt.")
-    network.load_state_dict(predictor.list_of_parameters[0])
-    network.eval().to(device)
-    ending = predictor.dataset_json["file_ending"]
-    names = [name for name in predictor.dataset_json["labels"] if name not in ("background", "ignore")]
-    cases = sorted(p.name[: -len(ending)] for p in predictions.glob(f"*{ending}"))
-    if not cases:
-        raise UserError(f"{predictions}: no predictions (*{ending}) in it.")
-    found: dict[str, Any] = {}
-    for case in tqdm.tqdm(cases, disable=None if progress else True, desc="doubt"):
-        files = sorted(str(p) for p in images.glob(f"{case}_*{ending}"))
-        if not files:
-            raise UserError(f"{images}: no image of case {case}.")
-        data = configuration.preprocessor_class(verbose=False).run_case(
-            files, None, predictor.plans_manager, configuration, predictor.dataset_json
-        )[0]
-        found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, torch.device(device))
-    write_json(predictions / DOUBT_FILE, found)
-    return predictions / DOUBT_FILE
-
-
-@torch.inference_mode()
-def _case_doubt(network: Any, data: torch.Tensor, names: list[str], device: torch.device) -> dict[str, Any]:
-    areas, confidences = [], []
-    for z in range(data.shape[1]):
-        logits, confidence = network.segment(data[None, :, z].float().to(device))
-        foreground = logits[0, 1:] if network.background else logits[0]
-        areas.append((foreground > 0).sum((1, 2)).float().cpu())
-        confidences.append(confidence[0].cpu())
-    area, sure = torch.stack(areas), torch.stack(confidences)  # (Z, K)
-    per_class = torch.where(area.sum(0) > 0, 1 - (area * sure).sum(0) / area.sum(0).clamp(min=1), torch.ones(area.shape[1]))
-    return {
-        "doubt": float(per_class.mean()),
-        "per_class": {name: float(value) for name, value in zip(names, per_class, strict=False)},
-        "slices": [float(1 - value.mean()) for value in sure],
-    }
-
-
-def _predictor(model_folder: Path, folds: Sequence[int | str], device: torch.device) -> Any:
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(device=device, perform_everything_on_device=False, verbose=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), "checkpoint_final.pth")
-    return predictor
 
 
 def _network(model_folder: Path, checkpoint: dict[str, Any]) -> Any:

@@ -1,0 +1,97 @@
+"""A trained model asked how sure it was of the cases it predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.evaluation.doubt import FILE
+from nnunet_dgplugins.files import write_json
+
+
+def write_doubt(
+    model_folder: Path,
+    images: Path,
+    predictions: Path,
+    folds: Sequence[int | str] = (0,),
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Path:
+    """Ask a model how sure it was of each case and write ``dgplugins_doubt.json`` beside its predictions.
+
+    The doubt of a class is 1 minus the network's confidence (DeSAM: predicted IoU of the selected mask; whole box: the
+    Dice the mask expects of itself), averaged over slices with that class, weighted by area; a class that is nowhere
+    has doubt 1, because an organ that is missing is what one should look at. A case's doubt is its classes' mean.
+
+    Args:
+        model_folder: ``<Trainer>__<plans>__<configuration>``.
+        images: folder of the images that were predicted, nnU-Net's names.
+        predictions: folder of the predictions; cases are those found here.
+        folds: the first one is asked.
+        device: where the network runs.
+        progress: show a bar on a terminal.
+    """
+    import tqdm
+
+    predictor = _predictor(model_folder, folds, torch.device(device))
+    network, configuration = predictor.network, predictor.configuration_manager
+    if not hasattr(network, "segment"):
+        raise UserError(f"{model_folder}: this trainer's network says nothing about its doubt.")
+    network.load_state_dict(predictor.list_of_parameters[0])
+    network.eval().to(device)
+    ending = predictor.dataset_json["file_ending"]
+    names = [name for name in predictor.dataset_json["labels"] if name not in ("background", "ignore")]
+    cases = sorted(p.name[: -len(ending)] for p in predictions.glob(f"*{ending}"))
+    if not cases:
+        raise UserError(f"{predictions}: no predictions (*{ending}) in it.")
+    found: dict[str, Any] = {}
+    for case in tqdm.tqdm(cases, disable=None if progress else True, desc="doubt"):
+        files = sorted(str(p) for p in images.glob(f"{case}_*{ending}"))
+        if not files:
+            raise UserError(f"{images}: no image of case {case}.")
+        data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
+            files, None, predictor.plans_manager, configuration, predictor.dataset_json
+        )
+        found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, torch.device(device))
+        found[case]["slices"] = _in_reader_order(found[case]["slices"], properties, predictor.plans_manager.transpose_forward)
+    write_json(predictions / FILE, found)
+    return predictions / FILE
+
+
+@torch.inference_mode()
+def _case_doubt(network: Any, data: torch.Tensor, names: list[str], device: torch.device) -> dict[str, Any]:
+    areas, confidences = [], []
+    for z in range(data.shape[1]):
+        logits, confidence = network.segment(data[None, :, z].float().to(device))
+        foreground = logits[0, 1:] if network.background else logits[0]
+        areas.append((foreground > 0).sum((1, 2)).float().cpu())
+        confidences.append(confidence[0].cpu())
+    area, sure = torch.stack(areas), torch.stack(confidences)  # (Z, K)
+    per_class = torch.where(area.sum(0) > 0, 1 - (area * sure).sum(0) / area.sum(0).clamp(min=1), torch.ones(area.shape[1]))
+    return {
+        "doubt": float(per_class.mean()),
+        "per_class": {name: float(value) for name, value in zip(names, per_class, strict=False)},
+        "slices": [float(1 - value.mean()) for value in sure],
+    }
+
+
+def _in_reader_order(doubts: list[float], properties: dict[str, Any], transposed: Sequence[int]) -> list[float | None]:
+    """Put slices that nnU-Net cropped away back in, without doubt; none where slices are not the reader's."""
+    if transposed[0] != 0:
+        return []
+    start, end = properties["bbox_used_for_cropping"][0]
+    before, after = start, properties["shape_before_cropping"][0] - end
+    return [None] * before + doubts + [None] * after
+
+
+def _predictor(model_folder: Path, folds: Sequence[int | str], device: torch.device) -> Any:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=device, perform_everything_on_device=False, verbose=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), "checkpoint_final.pth")
+    return predictor

@@ -1,0 +1,93 @@
+"""The demo's end: one table of methods x unseen sites, and one overlay per site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation, evaluate
+
+
+@click.group()
+def cli() -> None:
+    """Numbers for the demo."""
+
+
+@cli.command()
+@click.argument("fold", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def minutes(fold: Path) -> None:
+    """Print how long the epochs of FOLD took, in minutes."""
+    from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+
+    times = read_checkpoint(fold / "checkpoint_final.pth")["logging"]
+    started, ended = times["epoch_start_timestamps"], times["epoch_end_timestamps"]
+    click.echo(f"{sum(end - start for start, end in zip(started, ended, strict=True)) / 60:.3f}")
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--minutes", "spent", type=float, required=True, help="Training time of each trainer.")
+def table(dataset: str, out: Path, spent: float) -> None:
+    """Print one table of Dice per unseen site and write one overlay per site."""
+    from nnunet_dgplugins.evaluation.baselines import constant_mask
+    from nnunet_dgplugins.files import RESULTS, nnunet_folder
+
+    data = Dataset.load(dataset)
+    constant = out / "predictions" / "constant mask"
+    constant_mask(dataset, constant)
+    rows = []
+    for label, name in (
+        ("DeSAM (vit_tiny, untrained encoder)", "DeSAMTrainer"), ("stock nnU-Net", "nnUNetTrainer"), ("constant mask", "constant mask")
+    ):  # fmt: skip
+        result = evaluate(data, out / "predictions" / name)
+        fold = nnunet_folder(RESULTS) / data.name / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
+        source = _dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True)) if fold.is_dir() else None
+        rows.append((label, source, result))
+    _print(data, rows, spent)
+    _overlays(rows[0][2], out / "overlays")
+
+
+def _dice(result: Evaluation, site: str | None = None) -> float:
+    found = result.table[result.table["metric"] == "dice"]
+    return float((found if site is None else found[found["site"] == site])["value"].mean())
+
+
+def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spent: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sites = sorted(set(rows[0][2].table["site"]))
+    source = ", ".join(data.table.sources)
+    shown = Table(title=f"Dice, mean over cases; trained on {source} only, {spent:.1f} min each", title_justify="left")
+    for heading in ("", f"{source} (validation)", *sites, "mean unseen"):
+        shown.add_column(heading, justify="left" if not heading else "right")
+    for label, validation, result in rows:
+        dice = [_dice(result, site) for site in sites]
+        own = "-" if validation is None else f"{validation:.3f}"
+        shown.add_row(label, own, *[f"{value:.3f}" for value in dice], f"{sum(dice) / len(dice):.3f}")
+    Console(width=120).print(shown)
+
+
+def _overlays(result: Evaluation, folder: Path) -> None:
+    """One picture per site: the case of median Dice."""
+    from nnunet_dgplugins.evaluation.overlay import overlay_png
+
+    data, ending = result.dataset, result.dataset.file_ending
+    dice = result.table[result.table["metric"] == "dice"]
+    for site, cases in dice.groupby("site"):
+        ordered = cases.sort_values("value")
+        case, value = ordered.iloc[len(ordered) // 2][["case", "value"]]
+        overlay_png(
+            data.folder / "imagesTs" / f"{case}_0000{ending}",
+            result.labels / f"{case}{ending}",
+            result.predictions / f"{case}{ending}",
+            folder / f"{site}.png",
+            f"{site}: {case}, Dice {value:.2f} (median of the site)",
+        )
+    click.echo(f"Overlays (truth and DeSAM, median case of each site): {folder}")
+
+
+if __name__ == "__main__":
+    cli()
