@@ -178,7 +178,7 @@ def _contours(axes: Axes, labels: npt.NDArray[np.integer], colour: str, style: A
         mask = np.pad(labels == value, 1).astype(float)
         grid = (np.arange(mask.shape[1]) - 1, np.arange(mask.shape[0]) - 1)
         axes.contour(*grid, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=[style], path_effects=halo)
-    label = name if present else f"{name} (empty)"
+    label = name if present else f"{name}: nothing on this slice"
     return Line2D([], [], color=colour, linestyle=style, linewidth=2.6, label=label)
 
 
@@ -196,16 +196,17 @@ def _window(mask: npt.NDArray[Any], spacing: Sequence[float]) -> tuple[slice, sl
 
 def _scale_bar(axes: Axes, rows: slice, columns: slice, spacing: Sequence[float]) -> None:
     """Draw a bar whose length is a round number of millimetres, about a fifth of the picture."""
+    from matplotlib import patheffects
+
     if tuple(spacing) == (1.0, 1.0):  # PNG: pixels of unknown size
         return
     width = (columns.stop - columns.start) * spacing[1]
     length = max(step for step in (1, 2, 5, 10, 20, 50, 100) if step == 1 or step <= width / 4)
     right = columns.stop - 0.04 * (columns.stop - columns.start)
     bottom = rows.stop - 0.04 * (rows.stop - rows.start)
-    axes.plot(
-        [right - length / spacing[1], right], [bottom, bottom], color="white", linewidth=2.5, solid_capstyle="butt"
-    )
-    axes.text(
-        right - length / spacing[1] / 2, bottom - 0.012 * (rows.stop - rows.start), f"{length} mm",
-        color="white", fontsize=9, ha="center", va="bottom",
-    )  # fmt: skip
+    left = right - length / spacing[1]
+    bar = axes.plot([left, right], [bottom, bottom], color="white", linewidth=2.5, solid_capstyle="butt")[0]
+    bar.set_path_effects([patheffects.withStroke(linewidth=4.5, foreground="black", alpha=0.6)])
+    above = bottom - 0.012 * (rows.stop - rows.start)
+    text = axes.text((left + right) / 2, above, f"{length} mm", color="white", fontsize=9, ha="center", va="bottom")
+    text.set_path_effects([patheffects.withStroke(linewidth=3.0, foreground="black", alpha=0.6)])

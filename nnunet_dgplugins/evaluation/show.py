@@ -36,7 +36,8 @@ def show(result: Evaluation, *, all_cases: bool = False) -> None:
     )
     rows = matrix(result)
     screen.print(_source_target(result, rows))
-    screen.print(_by_site(result, rows))
+    if len(PROTOCOLS[result.protocol]) > 1:
+        screen.print(_by_site(result, rows))
     cases = _cases(result, all_cases)
     if cases is not None:
         screen.print(cases)
