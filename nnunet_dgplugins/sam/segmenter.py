@@ -57,7 +57,6 @@ class SliceSegmenter(nn.Module):
         boxes = [content_box(item) for item in x]
         shown = [index for index, box in enumerate(boxes) if box is not None]
         size = (int(x.shape[-2]), int(x.shape[-1]))
-        self._warn_if_tiled(boxes, size)
         heads = self.head.num_classes
         logits = torch.full((len(x), heads, *size), CLOSED, device=x.device)
         confidence = torch.ones((len(x), heads), device=x.device)
@@ -71,11 +70,14 @@ class SliceSegmenter(nn.Module):
         return logits, confidence
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, heads, H, W) of slices (B, C, H, W)."""
+        """Return logits (B, heads, H, W) of slices (B, C, H, W); what nnU-Net's predictor calls with a patch."""
+        self._warn_if_tiled(x)
         return self.segment(x)[0]
 
-    def _warn_if_tiled(self, boxes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> None:
-        if self._warned or not any(b and (b[1] - b[0] == size[0] or b[3] - b[2] == size[1]) for b in boxes):
+    def _warn_if_tiled(self, x: torch.Tensor) -> None:
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        boxes = [] if self._warned else [content_box(item) for item in x]
+        if not any(b and (b[1] - b[0] == size[0] or b[3] - b[2] == size[1]) for b in boxes):
             return
         self._warned = True
         warnings.warn(
