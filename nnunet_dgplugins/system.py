@@ -6,11 +6,11 @@ import ctypes
 import ctypes.util
 import platform
 
-_M_TRIM_THRESHOLD = -1  # numbers of glibc's malloc.h
-_M_TOP_PAD = -2
-_M_MMAP_THRESHOLD = -3
-_KEEP = {_M_MMAP_THRESHOLD: 1 << 30, _M_TRIM_THRESHOLD: (1 << 31) - 1, _M_TOP_PAD: 64 << 20}
-_GIVE_BACK = {_M_MMAP_THRESHOLD: 128 << 10, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}
+# numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10, _M_MMAP_MAX: 65536}
+_KEEP = {_M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
+_LARGE = 1 << 30  # blocks above this still come from, and go back to, the kernel
 
 
 def keep_freed_memory(on: bool = True) -> str:
@@ -32,7 +32,9 @@ def keep_freed_memory(on: bool = True) -> str:
     except (OSError, AttributeError):
         return "allocator: glibc without mallopt, left as it is"
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    accepted = [mallopt(option, value) == 1 for option, value in (_KEEP if on else _GIVE_BACK).items()]
+    accepted = [mallopt(option, value) == 1 for option, value in (_KEEP if on else _DEFAULTS).items()]
+    if on:  # glibc before 2.35 refuses a threshold above 32 MiB; there no block at all is mapped
+        accepted.append(mallopt(_M_MMAP_THRESHOLD, _LARGE) == 1 or mallopt(_M_MMAP_MAX, 0) == 1)
     if not all(accepted):
         return "allocator: glibc refused the setting, left as it is"
     return "allocator: glibc, freed memory kept" if on else "allocator: glibc, defaults"

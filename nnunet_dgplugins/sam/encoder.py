@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _BIAS_BYTES = 16 << 20  # relative-position bias held at a time
+_BIAS_BYTES_CUDA = 512 << 20
 _MLP_TOKENS = 512
 
 
@@ -91,66 +92,86 @@ def _linear(layer: nn.Linear, x: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 def _attention(attention: Attention, x: torch.Tensor, window: int, dtype: torch.dtype) -> torch.Tensor:
     """Self-attention with decomposed relative positions on (B, H, W, C); ``window`` 0: global."""
-    height, width = x.shape[1:3]
+    batch, height, width, channels = x.shape
+    side = (window, window) if window else (height, width)
+    rows, columns = -(-height // side[0]), -(-width // side[1])
     qkv = _linear(attention.qkv, x, dtype)
-    if window:
-        qkv = _to_windows(qkv, attention.qkv.bias.to(dtype), window)
-    mixed = _attend(attention, qkv)
-    if window:
-        mixed = _from_windows(mixed, x.shape[0], height, width)
-    return _linear(attention.proj, mixed, dtype)
-
-
-def _to_windows(qkv: torch.Tensor, bias: torch.Tensor, window: int) -> torch.Tensor:
-    """Cut (B, H, W, D) into (B * windows, window, window, D).
-
-    SAM pads the tokens with zeros before the projection and lets them take part as keys: behind the projection, such
-    a token is the bias.
-    """
-    batch, height, width, depth = qkv.shape
-    rows, columns = -(-height // window), -(-width // window)
-    if (rows * window, columns * window) != (height, width):
-        padded = bias.expand(batch, rows * window, columns * window, depth).clone()
+    if (rows * side[0], columns * side[1]) != (height, width):
+        # SAM pads with zeros before the projection and lets the padding take part as keys; behind it, that is the bias
+        padded = attention.qkv.bias.to(dtype).expand(batch, rows * side[0], columns * side[1], -1).clone()
         padded[:, :height, :width] = qkv
         qkv = padded
-    qkv = qkv.view(batch, rows, window, columns, window, depth).transpose(2, 3)
-    return qkv.reshape(-1, window, window, depth)
+    heads = attention.num_heads
+    qkv = qkv.view(batch, rows, side[0], columns, side[1], 3, heads, channels // heads)
+    q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, side[0] * side[1], channels // heads)
+    mixed = _attend(attention, q, k, v, side).view(batch, rows, columns, heads, *side, channels // heads)
+    mixed = mixed.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side[0], columns * side[1], channels)
+    return _linear(attention.proj, mixed[:, :height, :width], dtype)
 
 
-def _from_windows(x: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
-    """Join (B * windows, window, window, C) to (B, H, W, C), leaving the padding out."""
-    window, depth = x.shape[2:]
-    rows, columns = -(-height // window), -(-width // window)
-    x = x.view(batch, rows, columns, window, window, depth).transpose(2, 3)
-    return x.reshape(batch, rows * window, columns * window, depth)[:, :height, :width]
-
-
-def _attend(attention: Attention, qkv: torch.Tensor) -> torch.Tensor:
-    """Attention within each of N token maps.
+def _attend(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, side: tuple[int, int]
+) -> torch.Tensor:
+    """Attention within each of N token maps (one per image, window and head).
 
     Args:
-        attention: gives the number of heads and the relative positions.
-        qkv: (N, H, W, 3 * C).
+        attention: gives scale and relative positions.
+        q: (N, H * W, d), and so ``k`` and ``v``.
+        k: keys.
+        v: values.
+        side: (H, W).
 
     Returns:
-        (N, H, W, C).
+        (N, H * W, d).
+    """
+    height, width = side
+    by_row, by_column = _relative_positions(attention, q, side)
+    k = k * attention.scale
+    # bfloat16 products are fast on a CPU, its fused attention is not
+    fused = q.is_cuda or q.dtype == torch.float32
+    mixed = torch.empty_like(q)
+    budget = _BIAS_BYTES_CUDA if q.is_cuda else _BIAS_BYTES
+    rows = max(1, budget // (width * height * width * q.element_size()))
+    maps = max(1, rows // height)
+    rows = min(rows, height)
+    for first in range(0, len(q), maps):
+        some = slice(first, first + maps)
+        for top in range(0, height, rows):
+            band = slice(top * width, (top + rows) * width)
+            bias = by_row[some, top : top + rows, :, :, None] + by_column[some, top : top + rows, :, None, :]
+            bias = bias.flatten(3, 4).flatten(1, 2)
+            if fused:
+                out = F.scaled_dot_product_attention(
+                    q[None, some, band], k[None, some], v[None, some], attn_mask=bias[None], scale=1.0
+                )[0]
+            else:
+                out = torch.bmm(bias.baddbmm_(q[some, band], k[some].transpose(1, 2)).softmax(-1), v[some])
+            mixed[some, band] = out
+    return mixed
+
+
+def _relative_positions(
+    attention: Attention, q: torch.Tensor, side: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each query adds to a key's score by the key's row (N, H, W, H) and by its column (N, H, W, W).
+
+    One product with the tables of all distances; since a query's row of the result only slides along the distances, the
+    two answers are views of it.
     """
     from segment_anything.modeling.image_encoder import get_rel_pos
 
-    maps, height, width, depth = qkv.shape
-    heads = attention.num_heads
-    # (3, N, heads, H * W, d)
-    q, k, v = qkv.view(maps, height * width, 3, heads, depth // 3 // heads).permute(2, 0, 3, 1, 4)
-    q_map = q.reshape(maps, heads, height, width, -1)
-    near_rows = get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype)  # (H, H, d): query row, key row
-    near_columns = get_rel_pos(width, width, attention.rel_pos_w).to(q.dtype)  # (W, W, d)
-    mixed = torch.empty_like(q_map)
-    band = max(1, _BIAS_BYTES // (maps * heads * width * height * width * q.element_size()))
-    for top in range(0, height, band):
-        rows = q_map[:, :, top : top + band]
-        by_row = torch.einsum("nhrwd,rkd->nhrwk", rows, near_rows[top : top + band])
-        by_column = torch.einsum("nhrwd,wkd->nhrwk", rows, near_columns)
-        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(-2).flatten(2, 3)
-        out = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=bias, scale=attention.scale)
-        mixed[:, :, top : top + band] = out.view(rows.shape)
-    return mixed.permute(0, 2, 3, 1, 4).reshape(maps, height, width, -1)
+    height, width = side
+    tables = []
+    for size, positions in ((height, attention.rel_pos_h), (width, attention.rel_pos_w)):
+        near = get_rel_pos(size, size, positions)  # (query, key, d), interpolated if made for another size
+        tables.append(torch.cat([near[-1], near[0, 1:]]))  # distances from size - 1 down to 1 - size
+    all_distances = q @ torch.cat(tables).to(q.dtype).T  # (N, H * W, 2 H - 1 + 2 W - 1)
+    count, length = len(q), all_distances.shape[-1]
+    whole = height * width * length
+    by_row = all_distances.as_strided(
+        (count, height, width, height), (whole, width * length - 1, length, 1), storage_offset=height - 1
+    )
+    by_column = all_distances.as_strided(
+        (count, height, width, width), (whole, width * length, length - 1, 1), storage_offset=2 * height - 1 + width - 1
+    )
+    return by_row, by_column
