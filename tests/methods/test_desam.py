@@ -206,6 +206,17 @@ def test_one_image_shared_by_its_prompts_equals_copies_of_it():
         torch.testing.assert_close(decoder.mask(shared, given), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("images", [1, 4])
+def test_the_folded_transformer_equals_sams_own(images):
+    decoder, prompt, (_, neck) = tiny_decoder().double(), tiny_prompts(4).to(torch.float64), features(images)
+    given = (neck.double(), prompt.sparse, prompt.dense, prompt.dense_pe)
+    expected = decoder.prim(*given)
+    with torch.no_grad():
+        found = decoder.prim(*given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 def test_prompts_that_do_not_match_the_images_are_an_error():
     prompt, (taps, neck) = tiny_prompts(3), features(2)
     with pytest.raises(ValueError, match="3 prompts need 3 images or 1, got 2"):

@@ -175,6 +175,7 @@ def grid_of(encoder: torch.nn.Module, n: int = 9) -> prompts.EncodedPrompts:
 
 
 @pytest.mark.parametrize("area", [0, 2000, 30000])
+@torch.no_grad()
 def test_the_grid_gives_what_decoding_every_point_gives(setting, area):
     decoder, taps, neck, encoder = setting
     prompt = grid_of(encoder)

@@ -84,7 +84,11 @@ def test_contexts_match_the_released_code(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_whole_decoder_matches_the_released_code(mode, dtype):
+@pytest.mark.parametrize("gradients", [True, False])  # without gradients the transformer runs in its folded form
+def test_the_whole_decoder_matches_the_released_code(mode, dtype, gradients, request):
+    before = torch.is_grad_enabled()
+    request.addfinalizer(lambda: torch.set_grad_enabled(before))
+    torch.set_grad_enabled(gradients)
     decoder, prompt, (taps, neck) = small_decoder(dtype), encoded(mode, dtype), taps_and_neck(dtype)
     assert_matches(prompt.dense_pe, "out/dense_pe", dtype)
     assert_matches(prompt.sparse, f"out/{mode}/sparse", dtype)
@@ -104,6 +108,7 @@ def test_the_whole_decoder_matches_the_released_code(mode, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_masks_match_when_one_image_is_shared_by_its_prompts(mode, dtype):
     decoder, prompt, (taps, neck) = small_decoder(dtype), encoded(mode, dtype), taps_and_neck(dtype)
     for i in range(2):
