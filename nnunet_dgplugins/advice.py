@@ -71,9 +71,13 @@ def _fit(name: str, table: CaseTable | None) -> dict[str, Any]:
     if table is None:
         why.append("Trains on any dataset with masks; without a case table results cannot be told apart by site.")
     elif len(table.sources) == 1 and len(table.sites()) > 1:
-        why.append(f"One source site ({table.sources[0]}) and {len(table.sites()) - 1} unseen: what the method is made for.")
+        why.append(
+            f"One source site ({table.sources[0]}), {len(table.sites()) - 1} unseen: what the method is made for."
+        )
     elif len(table.sites()) > 1 and not table.sources:
-        why.append("All sites are in one set: `dgplugins splits --single-source SITE --as-dataset ID` keeps the targets unseen.")
+        why.append(
+            "All sites are in one set: `dgplugins splits --single-source SITE --as-dataset ID` keeps the targets unseen."
+        )
     else:
         why.append("Works; its strength shows on sites that training has not seen.")
     if name == "DeSAMTrainer":

@@ -83,7 +83,9 @@ def train_for(trainer: Any, seconds: float, iterations: int, validation_iteratio
 @click.option("-p", "plans", default="nnUNetPlans", show_default=True, help="Plans name.")
 @click.option("--minutes", type=float, required=True, help="Training time.")
 @click.option("--iterations", type=int, default=25, show_default=True, help="Steps per epoch.")
-@click.option("--validation-iterations", type=int, default=4, show_default=True, help="Online validation steps per epoch.")
+@click.option(
+    "--validation-iterations", type=int, default=4, show_default=True, help="Online validation steps per epoch."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of initialisation and sampling.")
 @click.option("-device", "device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu", "mps"]))
 def command(
@@ -103,7 +105,12 @@ def command(
         torch.set_num_threads(multiprocessing.cpu_count())
         keep_freed_memory()
     built = get_trainer_from_args(
-        dataset, configuration, fold if fold == "all" else int(fold), trainer, plans, device=torch.device(device)  # type: ignore[arg-type]
+        dataset,
+        configuration,
+        fold if fold == "all" else int(fold),
+        trainer,
+        plans,
+        device=torch.device(device),  # type: ignore[arg-type]
     )
     seed_everything(seed)
     steps = train_for(built, minutes * 60, iterations, validation_iterations)

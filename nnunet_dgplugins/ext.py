@@ -22,7 +22,9 @@ def ext_path() -> Path:
     """
     root = Path(__file__).resolve().parent.parent
     installed = [root, *(Path(p) for p in _site_folders())]
-    for folder in [place / "_nnunet_dgplugins_ext" for place in installed] + [root / "startup" / "_nnunet_dgplugins_ext"]:
+    for folder in [place / "_nnunet_dgplugins_ext" for place in installed] + [
+        root / "startup" / "_nnunet_dgplugins_ext"
+    ]:
         if (folder / "nnunet_dgplugins_bridge.py").is_file():
             return folder
     raise UserError(f"The bridge folder _nnunet_dgplugins_ext is missing beside {root}: reinstall nnunet_dgplugins.")

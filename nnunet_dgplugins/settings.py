@@ -39,7 +39,9 @@ class TrainingSettings:
 
     epochs: int = setting(1000, "Training epochs.", "nnU-Net", minimum=1)
     iterations_per_epoch: int | None = setting(
-        None, "Training steps per epoch; null: as the method says (one pass over the data, or nnU-Net's 250).", minimum=1
+        None,
+        "Training steps per epoch; null: as the method says (one pass over the data, or nnU-Net's 250).",
+        minimum=1,
     )
     batch_size: int | None = setting(None, "Samples per step; null: from the plans.", minimum=1)
     initial_lr: float = setting(1e-2, "Learning rate at epoch 0, polynomial decay with exponent 0.9.", minimum=0)
@@ -59,19 +61,23 @@ class DeSAMSettings(TrainingSettings):
 
     epochs: int = setting(50, "Passes over all slices of the fold.", "section 3, implementation details", minimum=1)
     batch_size: int | None = setting(8, "Slices per step.", "released scripts", minimum=1)
-    initial_lr: float = setting(1e-4, "Adam's learning rate at epoch 0, polynomial decay 0.9.", "released scripts", minimum=0)
+    initial_lr: float = setting(
+        1e-4, "Adam's learning rate at epoch 0, polynomial decay 0.9.", "released scripts", minimum=0
+    )
     sam: str = setting(
         "auto",
-        "SAM encoder: vit_h (the paper's), vit_l, vit_b, vit_tiny (ours, shipped, untrained), or a file of their layout; "
-        "auto: the largest file found in DGPLUGINS_SAM_DIR, else vit_tiny.",
+        "SAM encoder: vit_h (the paper's), vit_l, vit_b, vit_tiny (ours, shipped, untrained), or a file of their "
+        "layout; auto: the largest file found in DGPLUGINS_SAM_DIR, else vit_tiny.",
         "section 2.1; the released code runs with vit_h only",
     )
     channels: tuple[int, ...] | None = setting(
-        None, "Input channels shown to SAM as grey (one) or RGB (three); null: channel 0, or the first three if named R, G, B."
+        None,
+        "Input channels shown to SAM as grey (one) or RGB (three); null: channel 0, or the first three if named "
+        "R, G, B.",
     )
     loss: str = setting(
         "paper",
-        "paper: Dice + BCE + 10 MSE(IoU). code: Dice + L1(IoU), what the released code does, its cross-entropy being 0.",
+        "paper: Dice + BCE + 10 MSE(IoU). code: Dice + L1(IoU), what the released code does (its cross-entropy is 0).",
         "section 2.3; specs: losses",
         choices=("paper", "code"),
     )
@@ -96,25 +102,32 @@ class DeSAMSettings(TrainingSettings):
         1, "Background points drawn per foreground point in training (grid).", "1:1 in the paper", minimum=0
     )
     grid_size: int = setting(9, "Points per side of the grid.", "section 3", minimum=1)
-    iou_threshold: float = setting(0.5, "A grid point's mask counts when its predicted IoU is above this.", "released code")
+    iou_threshold: float = setting(
+        0.5, "A grid point's mask counts when its predicted IoU is above this.", "released code"
+    )
     nms_threshold: float = setting(0.7, "Box IoU above which the lower-scored mask is dropped.", "released code")
     min_region_area: int = setting(
-        1000, "Holes and islands smaller than this are removed (pixels of a 256x256 mask); grid only.", "released code", minimum=0
+        1000,
+        "Holes and islands smaller than this are removed (pixels of a 256x256 mask); grid only.",
+        "released code",
+        minimum=0,
     )
     border_suppression: int = setting(
-        0, "Frame of the 256x256 mask set to background; the released metric uses 50 (a prostate-only prior).", minimum=0
+        0,
+        "Frame of the 256x256 mask set to background; the released metric uses 50 (a prostate-only prior).",
+        minimum=0,
     )
     validation: str = setting(
         "grid",
-        "Prompts of the source validation that picks checkpoint_best: grid (as deployed) or points (one fixed point per slice).",
+        "Prompts of the source validation that picks checkpoint_best: grid (as deployed) or points (one "
+        "fixed point per slice).",
         choices=("grid", "points"),
     )
 
 
 def settings_class(name: str) -> type[TrainingSettings]:
     """Return the settings class called ``name``."""
-    found = globals()[name]
-    assert isinstance(found, type) and issubclass(found, TrainingSettings)
+    found: type[TrainingSettings] = globals()[name]
     return found
 
 
@@ -164,7 +177,9 @@ def resolve(cls: type[T], plans: Mapping[str, Any], configuration: str, trainer:
 
 def to_dict(settings: TrainingSettings) -> dict[str, Any]:
     """Return settings as JSON content."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(settings).items()
+    }
 
 
 def parse_value(text: str) -> Any:
@@ -193,7 +208,9 @@ def _trial_file() -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{VARIABLE}={path}: cannot be read ({error}).") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise UserError(f"{VARIABLE}={path}: expected trainer names with their settings, e.g. DeSAMTrainer: {{epochs: 5}}.")
+        raise UserError(
+            f"{VARIABLE}={path}: expected trainer names with their settings, e.g. DeSAMTrainer: {{epochs: 5}}."
+        )
     for name in content:
         if name not in TRAINERS:
             raise UserError(f"{VARIABLE}={path}: no trainer '{name}'{nearest(name, TRAINERS)}")
@@ -214,7 +231,9 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any]) -> tuple[Any, str]
         value = parse_value(value)  # YAML 1.1 reads 1e-4 as text
     kinds = tuple(kind for kind in allowed if isinstance(kind, type))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        return value, " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+        return value, " or ".join(
+            "null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed
+        )
     if rules["choices"] and value not in rules["choices"]:
         return value, f"one of {', '.join(map(str, rules['choices']))}"
     if rules["minimum"] is not None and value is not None and value < rules["minimum"]:

@@ -39,8 +39,10 @@ def table(dataset: str, out: Path, spent: float) -> None:
     constant_mask(dataset, constant)
     rows = []
     for label, name in (
-        ("DeSAM (vit_tiny, untrained encoder)", "DeSAMTrainer"), ("stock nnU-Net", "nnUNetTrainer"), ("constant mask", "constant mask")
-    ):  # fmt: skip
+        ("DeSAM (vit_tiny, untrained encoder)", "DeSAMTrainer"),
+        ("stock nnU-Net", "nnUNetTrainer"),
+        ("constant mask", "constant mask"),
+    ):
         result = evaluate(data, out / "predictions" / name)
         fold = nnunet_folder(RESULTS) / data.name / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
         source = _dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True)) if fold.is_dir() else None

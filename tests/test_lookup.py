@@ -12,8 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_paths()["purelib"])
-OURS = ("nnunet_dgplugins", "_nnunet_dgplugins", "dataset_conversion", "_editable_impl_nnunet_dgplugins", "__editable__")
-LOOKUP = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f; c = f('{}'); print(c.__module__, c.__name__)"
+OURS = (
+    "nnunet_dgplugins",
+    "_nnunet_dgplugins",
+    "dataset_conversion",
+    "_editable_impl_nnunet_dgplugins",
+    "__editable__",
+)
+LOOKUP = (
+    "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as f; "
+    "c = f('{}'); print(c.__module__, c.__name__)"
+)
 
 
 class Environment:
@@ -32,7 +41,9 @@ class Environment:
         (self.site / "layer.pth").write_text(f"{layer}\n")
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "DGPLUGINS_NO_AUTOLOAD", "PYTHONPATH")}
+        kept = {
+            k: v for k, v in os.environ.items() if k not in ("nnUNet_extTrainer", "DGPLUGINS_NO_AUTOLOAD", "PYTHONPATH")
+        }
         return subprocess.run(
             [str(self.folder / "bin" / "python"), *arguments],
             capture_output=True, text=True, env={**kept, **variables}, cwd=self.folder, check=False,
@@ -75,7 +86,9 @@ def _sources_of_nnunet(folder: Path) -> Path:
 @pytest.mark.parametrize("ours", ["wheel", "editable"])
 @pytest.mark.parametrize("host", ["wheel", "editable"])
 def test_trainers_are_found_without_a_variable_and_uninstall_leaves_nothing(tmp_path: Path, ours: str, host: str):
-    environment = Environment(tmp_path / "env", hide=("nnunetv2", "nnUNetv2", "__editable___nnunetv2") if host == "editable" else ())
+    environment = Environment(
+        tmp_path / "env", hide=("nnunetv2", "nnUNetv2", "__editable___nnunetv2") if host == "editable" else ()
+    )
     if host == "editable":
         environment.install("-e", str(_sources_of_nnunet(tmp_path / "clone")))
     before = environment.files()

@@ -34,5 +34,3 @@ def _show(advice: dict[str, Any]) -> None:
     click.echo("\nNext:")
     for line in advice["next"]:
         click.echo(f"  {line}")
-
-

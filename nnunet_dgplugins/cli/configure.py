@@ -14,11 +14,25 @@ from nnunet_dgplugins.cli.options import configuration_option, plans_option, tra
 @trainer_option
 @plans_option
 @configuration_option
-@click.option("--set", "values", multiple=True, metavar="NAME=VALUE ...", help="Setting to change; repeat, or give several in quotes.")
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="NAME=VALUE ...",
+    help="Setting to change; repeat, or give several in quotes.",
+)
 @click.argument("more", nargs=-1, metavar="[NAME=VALUE]...")
-@click.option("-o", "output", required=True, help="Name of the new plans, used after -p. The same name as -p edits in place.")
+@click.option(
+    "-o", "output", required=True, help="Name of the new plans, used after -p. The same name as -p edits in place."
+)
 def command(
-    dataset: str, trainer: str, plans: str, configuration: str, values: tuple[str, ...], more: tuple[str, ...], output: str
+    dataset: str,
+    trainer: str,
+    plans: str,
+    configuration: str,
+    values: tuple[str, ...],
+    more: tuple[str, ...],
+    output: str,
 ) -> None:
     """Write a plans file for DATASET with other settings for a trainer; the data need no new preprocessing.
 
@@ -40,17 +54,23 @@ def command(
     folder = nnunet_folder(PREPROCESSED) / dataset_name(dataset)
     source: Path = folder / f"{plans}.json"
     if not source.is_file():
-        raise UserError(f"{source}: no such plans. Run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration} first.")
+        raise UserError(
+            f"{source}: no such plans. Run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration} first."
+        )
     content = read_json(source)
     if configuration not in content["configurations"]:
         raise UserError(f"{source}: no configuration '{configuration}', only {', '.join(content['configurations'])}.")
     block = content["configurations"][configuration].setdefault(settings.KEY, {}).setdefault(trainer, {})
     block.update(asked)
     cls = settings.settings_class(TRAINERS[trainer].settings)
-    resolved = settings.build(cls, settings.configuration_block(content, configuration, trainer), f"{trainer}, {output}")
+    resolved = settings.build(
+        cls, settings.configuration_block(content, configuration, trainer), f"{trainer}, {output}"
+    )
     content["plans_name"] = output
     write_json(folder / f"{output}.json", content)
     click.echo(f"Wrote {folder / output}.json: {trainer} on {configuration} with {block}")
     click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -tr {trainer} -p {output}")
     if getattr(resolved, "sam", None):
-        click.echo(f"Embeddings, if not there yet: dgplugins embed {dataset} -p {output}  (the trainer makes them otherwise)")
+        click.echo(
+            f"Embeddings, if not there yet: dgplugins embed {dataset} -p {output}  (the trainer makes them otherwise)"
+        )

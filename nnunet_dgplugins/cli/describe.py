@@ -35,7 +35,8 @@ def command(trainer: str, as_json: bool) -> None:
         rows.append((item["name"], text))
     print_rows(rows, indent=2)
     click.echo(
-        f"\nChange them: dgplugins configure DATASET -tr {info.name} --set NAME=VALUE -o nnUNetPlansMine, then -p nnUNetPlansMine"
+        f"\nChange them: dgplugins configure DATASET -tr {info.name} --set NAME=VALUE -o nnUNetPlansMine, "
+        "then train with -p nnUNetPlansMine"
     )
 
 

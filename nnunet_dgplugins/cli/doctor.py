@@ -18,13 +18,15 @@ from nnunet_dgplugins.cli.options import json_option, print_json, print_rows
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk and SAM files. Exit code 1 if one fails."""
+    """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk and SAM files; exit code 1 on a failure."""
     checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files()]
     good = all(check["state"] != "failed" for check in checks)
     if as_json:
         print_json({"good": good, "checks": checks})
     else:
-        print_rows([(f"{_MARK[c['state']]} {c['what']}", c["found"] + (f" -> {c['fix']}" if c["fix"] else "")) for c in checks])
+        print_rows(
+            [(f"{_MARK[c['state']]} {c['what']}", c["found"] + (f" -> {c['fix']}" if c["fix"] else "")) for c in checks]
+        )
         click.echo("\nAll good." if good else "\nSomething failed: see the lines marked x.")
     if not good:
         raise SystemExit(1)
@@ -43,7 +45,9 @@ def _versions() -> list[dict[str, Any]]:
         try:
             checks.append(_check(name, "good", metadata.version(name)))
         except metadata.PackageNotFoundError:
-            checks.append(_check(name, "failed", "not installed", "pip install nnunet_dgplugins from its checkout again"))
+            checks.append(
+                _check(name, "failed", "not installed", "pip install nnunet_dgplugins from its checkout again")
+            )
     return checks
 
 
@@ -72,7 +76,9 @@ def _lookup() -> list[dict[str, Any]]:
     from nnunet_dgplugins.registry import TRAINERS
 
     variable = os.environ.get(ext.VARIABLE)
-    checks = [_check(ext.VARIABLE, "good" if variable else "failed", variable or "not set", "" if variable else _BY_HAND)]
+    checks = [
+        _check(ext.VARIABLE, "good" if variable else "failed", variable or "not set", "" if variable else _BY_HAND)
+    ]
     try:
         with redirect_stdout(StringIO()):
             from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

@@ -25,4 +25,6 @@ def command(
 
     folder = import_desam(checkpoint, dataset, trainer, plans, configuration, fold, overwrite)
     click.echo(f"Made {folder}")
-    click.echo(f"Predict: nnUNetv2_predict -d {dataset} -i IMAGES -o OUT -c {configuration} -p {plans} -f {fold} -tr {trainer}")
+    click.echo(
+        f"Predict: nnUNetv2_predict -d {dataset} -i IMAGES -o OUT -c {configuration} -p {plans} -f {fold} -tr {trainer}"
+    )

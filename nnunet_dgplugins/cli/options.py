@@ -37,7 +37,9 @@ def known_trainer(_context: click.Context, _parameter: click.Parameter, value: s
 trainer_option: Callable[..., Any] = click.option(
     "-tr", "trainer", default="DeSAMTrainer", show_default=True, callback=known_trainer, help="Trainer name."
 )
-plans_option: Callable[..., Any] = click.option("-p", "plans", default="nnUNetPlans", show_default=True, help="Plans name.")
+plans_option: Callable[..., Any] = click.option(
+    "-p", "plans", default="nnUNetPlans", show_default=True, help="Plans name."
+)
 configuration_option: Callable[..., Any] = click.option(
     "-c", "configuration", default="2d", show_default=True, help="Configuration."
 )

@@ -1,4 +1,4 @@
-"""Which cases a fold trains and validates on. Stricter than nnU-Net, which quietly invents a split for a missing fold."""
+"""Which cases a fold trains and validates on. Stricter than nnU-Net, which invents a split for a missing fold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def check_fold(dataset: str, fold: int | str) -> None:
         return
     count = len(read_json(path))
     if int(fold) >= count:
-        raise UserError(f"Fold {fold} does not exist: {path} has {count} (0 to {count - 1}). Add folds with `dgplugins splits`.")
+        raise UserError(
+            f"Fold {fold} does not exist: {path} has {count} (0 to {count - 1}). Add folds with `dgplugins splits`."
+        )
 
 
 def load_fold(
@@ -58,7 +60,11 @@ def load_fold(
         if name not in present
     ]
     problems += [Problem(f"{path}, fold {fold}", f"'{name}' is in train and val") for name in train if name in val]
-    problems += [Problem(f"{path}, fold {fold}", f"no {side} cases") for side, names in (("train", train), ("val", val)) if not names]
+    problems += [
+        Problem(f"{path}, fold {fold}", f"no {side} cases")
+        for side, names in (("train", train), ("val", val))
+        if not names
+    ]
     if problems:
         raise BadInput(f"Fold {fold} cannot be trained", problems)
     return train, val, str(path)

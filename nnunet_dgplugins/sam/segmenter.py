@@ -81,7 +81,7 @@ class SliceSegmenter(nn.Module):
             return
         self._warned = True
         warnings.warn(
-            f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: slices larger than the patch are cut into "
+            f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: larger slices are cut into "
             "tiles, and each tile is segmented as if it were a slice. Give the network a larger patch_size in the plans.",
             stacklevel=3,
         )

@@ -16,7 +16,7 @@ from nnunet_dgplugins import __version__, settings
 from nnunet_dgplugins.data import folds
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
-from nnunet_dgplugins.files import read_json, replacing
+from nnunet_dgplugins.files import RESULTS, read_json, replacing
 from nnunet_dgplugins.system import keep_freed_memory
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
@@ -95,7 +95,8 @@ class DGTrainer(nnUNetTrainer):
                 raise UserError(
                     f"{cls.__name__}: {model_folder} holds checkpoints trained with other settings ("
                     + "; ".join(different)
-                    + "). Use the same settings, another plans name (dgplugins configure ... -o NAME), or move the folder."
+                    + "). Use the same settings, another plans name (dgplugins configure ... -o NAME), "
+                    "or move the folder."
                 )
         return resolved
 
@@ -136,7 +137,10 @@ class DGTrainer(nnUNetTrainer):
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return training and validation cases of the fold; a fold or case that does not exist is an error."""
         train, val, where = folds.load_fold(
-            Path(self.preprocessed_dataset_folder_base), Path(self.preprocessed_dataset_folder), self.fold, self.case_table
+            Path(self.preprocessed_dataset_folder_base),
+            Path(self.preprocessed_dataset_folder),
+            self.fold,
+            self.case_table,
         )
         self.print_to_log_file(f"Fold {self.fold} of {where}: {len(train)} training, {len(val)} validation cases.")
         return train, val
@@ -201,7 +205,9 @@ class DGTrainer(nnUNetTrainer):
                 complaints.append(f"{candidate.name} ({type(error).__name__})")
                 continue
             if complaints:
-                self.print_to_log_file(f"Cannot read {', '.join(complaints)}; continuing from {candidate.name} instead.")
+                self.print_to_log_file(
+                    f"Cannot read {', '.join(complaints)}; continuing from {candidate.name} instead."
+                )
             return candidate
         raise UserError(f"{type(self).__name__}: no readable checkpoint in {wanted.parent}: {', '.join(complaints)}.")
 
@@ -246,7 +252,7 @@ def _flattened(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 
 
 def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path | None:
-    results = os.environ.get("nnUNet_results")
+    results = os.environ.get(RESULTS)
     if not results:
         return None
     return Path(results) / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
@@ -257,5 +263,3 @@ def _settings_beside_model(folder: Path | None, configuration: str, trainer: str
     if folder is None or not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
         return None
     return settings.configuration_block(read_json(folder / "plans.json"), configuration, trainer) or None
-
-

@@ -24,7 +24,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a class per cause; the cause is kept
-        raise UserError(f"{path}: not a readable nnU-Net checkpoint ({type(error).__name__}: {str(error)[:200]}).") from error
+        raise UserError(
+            f"{path}: not a readable nnU-Net checkpoint ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
     if "network_weights" not in content:
         raise UserError(f"{path}: not a checkpoint of nnU-Net: no network_weights in it.")
     return content

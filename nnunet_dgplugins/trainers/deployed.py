@@ -16,7 +16,9 @@ from nnunet_dgplugins.registry import TRAINERS, load_trainer
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint, write_checkpoint
 
 
-def bundle(model_folder: Path, checkpoint: str = "checkpoint_final.pth", say: Callable[[str], None] = print) -> list[Path]:
+def bundle(
+    model_folder: Path, checkpoint: str = "checkpoint_final.pth", say: Callable[[str], None] = print
+) -> list[Path]:
     """Write the frozen SAM weights, half precision, into every fold's checkpoint, so that a zip carries everything.
 
     Raises:
@@ -62,14 +64,22 @@ def import_desam(
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; give another --fold, or --overwrite.")
     built = load_trainer(trainer)(
-        {**content, "continue_training": False}, configuration, fold, read_json(base / "dataset.json"), torch.device("cpu")
+        {**content, "continue_training": False},
+        configuration,
+        fold,
+        read_json(base / "dataset.json"),
+        torch.device("cpu"),
     )
     if len(built.heads) != 1:
         raise UserError(f"{dataset} has {len(built.heads)} classes; an official DeSAM checkpoint knows one.")
-    network = built.build_network_architecture(built.plans_manager, built.configuration_manager, 1, built.label_manager.num_segmentation_heads)
+    network = built.build_network_architecture(
+        built.plans_manager, built.configuration_manager, 1, built.label_manager.num_segmentation_heads
+    )
     own = network.state_dict()
     encoder = build_parts(network.model).image_encoder
-    given = {key[len("image_encoder.") :]: value.float() for key, value in state.items() if key.startswith("image_encoder.")}
+    given = {
+        key[len("image_encoder.") :]: value.float() for key, value in state.items() if key.startswith("image_encoder.")
+    }
     encoder.load_state_dict(given, assign=True)
     own["image_encoder.weights_hash"] = torch.tensor(list(bytes.fromhex(encoder_hash(encoder))), dtype=torch.uint8)
     own.update({f"image_encoder.{key}": value.half() for key, value in given.items()})
@@ -92,7 +102,9 @@ def _network(model_folder: Path, checkpoint: dict[str, Any]) -> Any:
 
     name = checkpoint.get("trainer_name", "")
     if name not in TRAINERS:
-        raise UserError(f"{model_folder}: trained by {name or 'an unknown trainer'}, which has no frozen part to bundle.")
+        raise UserError(
+            f"{model_folder}: trained by {name or 'an unknown trainer'}, which has no frozen part to bundle."
+        )
     plans = PlansManager(os.fspath(model_folder / "plans.json"))
     configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
     content = read_json(model_folder / "dataset.json")

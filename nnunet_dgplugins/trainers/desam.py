@@ -15,7 +15,12 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.loaders import SliceLoader
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.losses import desam_loss
-from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, load_decoder, trainable_parameters
+from nnunet_dgplugins.methods.desam.network import (
+    build_decoder,
+    build_prompt_encoder,
+    load_decoder,
+    trainable_parameters,
+)
 from nnunet_dgplugins.methods.desam.prompts import fixed_points, sample_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
 from nnunet_dgplugins.sam.embed import prepare_store
@@ -139,16 +144,22 @@ class DeSAMTrainer(WholeSliceTrainer):
             say=self.print_to_log_file,
         )
         dataset = self.dataset_class(self.preprocessed_dataset_folder)
-        train = self._slices(dataset, train_cases, only_foreground=chosen.train_slices == "foreground", drop_last=chosen.drop_last_slice)
+        train = self._slices(
+            dataset, train_cases, only_foreground=chosen.train_slices == "foreground", drop_last=chosen.drop_last_slice
+        )
         val = self._slices(dataset, val_cases)
         batch = chosen.batch_size or self.configuration_manager.batch_size
         self.prompt_generator = np.random.default_rng(chosen.seed)
         loaders = (
-            SliceLoader(train.keys, train.labels, store.read_batch, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
+            SliceLoader(
+                train.keys, train.labels, store.read_batch, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch
+            ),
             SliceLoader(val.keys, val.labels, store.read_batch, batch),
         )
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in loaders)
-        self.print_to_log_file(f"{len(train)} training slices, {len(val)} validation slices, {loaders[0].steps} steps per epoch.")
+        self.print_to_log_file(
+            f"{len(train)} training slices, {len(val)} validation slices, {loaders[0].steps} steps per epoch."
+        )
         return loaders
 
     def _slices(self, dataset: Any, cases: Sequence[str], **options: Any) -> SliceSet:
@@ -185,7 +196,9 @@ class DeSAMTrainer(WholeSliceTrainer):
             self.grad_scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
 
-    def _prompted(self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None) -> dict[str, Any]:
+    def _prompted(
+        self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None
+    ) -> dict[str, Any]:
         """Return the loss's inputs for the training prompt: here the whole box, which has no IoU term."""
         return {"logits": self.network.head.box(features)}
 
@@ -234,15 +247,21 @@ class DeSAMGridTrainer(DeSAMTrainer):
 
     prompt = "grid"
 
-    def _prompted(self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None) -> dict[str, Any]:
-        points = sample_points(target.cpu(), self.prompt_generator, self.network.model.image_size, None if valid is None else valid.cpu())
+    def _prompted(
+        self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None
+    ) -> dict[str, Any]:
+        points = sample_points(
+            target.cpu(), self.prompt_generator, self.network.model.image_size, None if valid is None else valid.cpu()
+        )
         return self._at(features, points)
 
     def _validated(
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], torch.Tensor]:
         seeds = [key.z for key in batch["keys"]]
-        points = fixed_points(target.cpu(), seeds, self.network.model.image_size, None if valid is None else valid.cpu())
+        points = fixed_points(
+            target.cpu(), seeds, self.network.model.image_size, None if valid is None else valid.cpu()
+        )
         prediction = self._at(features, points)
         if self.settings.validation == "points":
             return prediction, prediction["logits"]

@@ -58,7 +58,9 @@ def write_doubt(
             files, None, predictor.plans_manager, configuration, predictor.dataset_json
         )
         found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, torch.device(device))
-        found[case]["slices"] = _in_reader_order(found[case]["slices"], properties, predictor.plans_manager.transpose_forward)
+        found[case]["slices"] = _in_reader_order(
+            found[case]["slices"], properties, predictor.plans_manager.transpose_forward
+        )
     write_json(predictions / FILE, found)
     return predictions / FILE
 
@@ -72,7 +74,9 @@ def _case_doubt(network: Any, data: torch.Tensor, names: list[str], device: torc
         areas.append((foreground > 0).sum((1, 2)).float().cpu())
         confidences.append(confidence[0].cpu())
     area, sure = torch.stack(areas), torch.stack(confidences)  # (Z, K)
-    per_class = torch.where(area.sum(0) > 0, 1 - (area * sure).sum(0) / area.sum(0).clamp(min=1), torch.ones(area.shape[1]))
+    per_class = torch.where(
+        area.sum(0) > 0, 1 - (area * sure).sum(0) / area.sum(0).clamp(min=1), torch.ones(area.shape[1])
+    )
     return {
         "doubt": float(per_class.mean()),
         "per_class": {name: float(value) for name, value in zip(names, per_class, strict=False)},

@@ -28,7 +28,8 @@ def deployed_patch(largest: Iterable[int], spacing: Iterable[float]) -> list[int
         spacing: mm per pixel of rows and columns.
     """
     return [
-        min(4 * size, max(2 * size, ceil(LARGEST_FIELD_OF_VIEW / step))) for size, step in zip(largest, spacing, strict=True)
+        min(4 * size, max(2 * size, ceil(LARGEST_FIELD_OF_VIEW / step)))
+        for size, step in zip(largest, spacing, strict=True)
     ]
 
 
@@ -56,7 +57,9 @@ class WholeSliceTrainer(DGTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
         self.largest_slice = self._largest_slice()
-        self._set_in_plans("patch_size", deployed_patch(self.largest_slice, map(float, self.configuration_manager.spacing)))
+        self._set_in_plans(
+            "patch_size", deployed_patch(self.largest_slice, map(float, self.configuration_manager.spacing))
+        )
 
     def _largest_slice(self) -> tuple[int, int]:
         """Rows and columns of the largest preprocessed training slice."""

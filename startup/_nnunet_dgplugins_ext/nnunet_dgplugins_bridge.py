@@ -5,7 +5,7 @@ lazily from ``nnunet_dgplugins``, where classes keep their identity and can be p
 """
 
 
-def __getattr__(name):  # noqa: ANN001, ANN202 - module hook (PEP 562)
+def __getattr__(name):
     try:
         from nnunet_dgplugins.registry import TRAINERS, load_trainer
     except ModuleNotFoundError as error:

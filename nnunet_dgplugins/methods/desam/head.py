@@ -53,7 +53,7 @@ class DeSAMHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what is deployed: logits (B, K, 4g, 4g) after selection and clean-up, and a confidence (B, K) in [0, 1].
+        """Return what is deployed: logits (B, K, 4g, 4g) after selection and clean-up, confidence (B, K) in [0, 1].
 
         With the grid the confidence is the selected mask's predicted IoU. With the whole box nothing trains the IoU
         head; there it is the Dice the mask expects under its own probabilities.
@@ -66,7 +66,13 @@ class DeSAMHead(nn.Module):
         canvas = int(self.prompt_encoder.input_image_size[0])  # type: ignore[index]
         prompts = encode_points(self.prompt_encoder, grid_points(self.grid_size, (canvas, canvas), canvas))
         found = [
-            predict_grid(self.mask_decoder, [tap[i : i + 1] for tap in features[:-1]], features[-1][i : i + 1], prompts, self.rule)
+            predict_grid(
+                self.mask_decoder,
+                [tap[i : i + 1] for tap in features[:-1]],
+                features[-1][i : i + 1],
+                prompts,
+                self.rule,
+            )
             for i in range(len(features[-1]))
         ]
         return torch.stack([one.logits for one in found]), torch.stack([one.iou for one in found]).clamp(0, 1)
@@ -89,4 +95,6 @@ def expected_dice(logits: Tensor) -> Tensor:
     probability = logits.float().sigmoid()
     mask = (logits > 0).to(probability.dtype)
     overlap, size = 2 * (probability * mask).sum((2, 3)), mask.sum((2, 3))
-    return torch.where(size > 0, overlap / (probability.sum((2, 3)) + size).clamp(min=1e-6), 1 - probability.amax((2, 3)))
+    return torch.where(
+        size > 0, overlap / (probability.sum((2, 3)) + size).clamp(min=1e-6), 1 - probability.amax((2, 3))
+    )

@@ -1,0 +1,52 @@
+"""The command line: quick without torch, JSON for machines, exit codes 0, 1 and 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from nnunet_dgplugins.cli.main import COMMANDS, cli, main
+from nnunet_dgplugins.registry import TRAINERS
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "--json"], ["describe", "DeSAMTrainer"], *[[name, "--help"] for name in COMMANDS]]
+)
+def test_help_list_and_describe_never_import_torch(arguments: list[str]):
+    code = (
+        "import sys\nfrom nnunet_dgplugins.cli.main import cli\n"
+        f"cli.main({arguments!r}, standalone_mode=False)\n"
+        "bad = {'torch', 'nnunetv2', 'pandas', 'scipy', 'matplotlib', 'SimpleITK'} & set(sys.modules)\nassert not bad, bad"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_list_and_describe_speak_json():
+    listed = json.loads(CliRunner().invoke(cli, ["list", "--json"]).output)
+    assert [item["name"] for item in listed] == list(TRAINERS)
+    described = json.loads(CliRunner().invoke(cli, ["describe", "DeSAMGridTrainer", "--json"]).output)
+    assert {item["name"]: item["default"] for item in described["settings"]}["grid_size"] == 9
+
+
+def test_a_wrong_name_is_a_usage_error_with_a_suggestion():
+    done = CliRunner().invoke(cli, ["describe", "DeSAMTrainr"])
+    assert done.exit_code == 2
+    assert "did you mean 'DeSAMTrainer'" in done.output
+
+
+def test_an_error_of_the_user_is_one_message_and_exit_code_1(nnunet_folders, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["advise", "999"])
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert text.startswith("Error: No Dataset999_*")
+    assert "Traceback" not in text
