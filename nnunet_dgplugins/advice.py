@@ -76,7 +76,7 @@ def _fit(name: str, table: CaseTable | None) -> dict[str, Any]:
         )
     elif len(table.sites()) > 1 and not table.sources:
         why.append(
-            "All sites are in one set: `dgplugins splits --single-source SITE --as-dataset ID` keeps the targets unseen."
+            "All sites are in one set: `dgplugins splits --single-source SITE --as-dataset ID` keeps targets unseen."
         )
     else:
         why.append("Works; its strength shows on sites that training has not seen.")

@@ -110,7 +110,7 @@ def command(
         fold if fold == "all" else int(fold),
         trainer,
         plans,
-        device=torch.device(device),  # type: ignore[arg-type]
+        device=torch.device(device),
     )
     seed_everything(seed)
     steps = train_for(built, minutes * 60, iterations, validation_iterations)

@@ -1,7 +1,7 @@
 """Run by Python's start-up file: tells nnU-Net where the trainers' bridge lies.
 
 Kept free of imports beyond ``os`` (already loaded by Python itself), because it runs at every start of Python.
-``DGPLUGINS_NO_AUTOLOAD=1`` switches it off; then set ``nnUNet_extTrainer`` by hand (``python -m nnunet_dgplugins.ext``).
+``DGPLUGINS_NO_AUTOLOAD=1`` switches it off; then set ``nnUNet_extTrainer`` to ``python -m nnunet_dgplugins.ext``.
 """
 
 import os

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.names import near
 from nnunet_dgplugins.errors import Problem, UserError, nearest
 
 SPLITS = "splits_final.json"
@@ -113,7 +114,7 @@ def check(splits: Iterable[Split], table: CaseTable | None, known_cases: Iterabl
                 problems.append(Problem(at, f"no {side} cases", "at least one"))
             for name in split.get(side, []):
                 if name not in known:
-                    problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{nearest(name, known)}"))
+                    problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{near(name, known)}"))
                 elif table is not None and name in table.cases and not table.cases[name].labelled:
                     problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
         train, val = set(split.get("train", [])), set(split.get("val", []))

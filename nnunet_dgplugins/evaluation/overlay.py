@@ -105,7 +105,7 @@ def pick_slice(truth: npt.NDArray[Any], guess: npt.NDArray[Any], by: str = "refe
 
 def _dice_text(result: Evaluation, case: str) -> str:
     values = result.table[(result.table["case"] == case) & (result.table["metric"] == "dice")]["value"]
-    return "" if values.isna().all() else f", Dice {values.mean():.3f}"
+    return "" if values.isna().all() else f", Dice of the case {values.mean():.3f}"
 
 
 def _read_grey(path: Path) -> npt.NDArray[np.float64]:

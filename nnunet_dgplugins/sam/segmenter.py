@@ -57,7 +57,7 @@ class SliceSegmenter(nn.Module):
         boxes = [content_box(item) for item in x]
         shown = [index for index, box in enumerate(boxes) if box is not None]
         size = (int(x.shape[-2]), int(x.shape[-1]))
-        heads = self.head.num_classes
+        heads = int(self.head.num_classes)  # type: ignore[arg-type]
         logits = torch.full((len(x), heads, *size), CLOSED, device=x.device)
         confidence = torch.ones((len(x), heads), device=x.device)
         if shown:
@@ -82,6 +82,6 @@ class SliceSegmenter(nn.Module):
         self._warned = True
         warnings.warn(
             f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: larger slices are cut into "
-            "tiles, and each tile is segmented as if it were a slice. Give the network a larger patch_size in the plans.",
+            "tiles, and each tile is segmented as if it were a slice. A larger patch_size in the plans avoids that.",
             stacklevel=3,
         )

@@ -73,7 +73,7 @@ class DeSAMTrainer(WholeSliceTrainer):
             configuration[settings.KEY]["heads"] = "regions" if self.label_manager.has_regions else "classes"
 
     @classmethod
-    def build_network_architecture(  # type: ignore[override]
+    def build_network_architecture(
         cls,
         plans_manager: Any,
         configuration_manager: Any,
@@ -138,7 +138,7 @@ class DeSAMTrainer(WholeSliceTrainer):
             folder=Path(self.preprocessed_dataset_folder),
             cases=sorted({*train_cases, *val_cases}),
             sam=chosen.sam,
-            channels=chosen.channels,
+            channels=chosen.channels or (0,),
             mode=chosen.store,
             device=self.device,
             say=self.print_to_log_file,

@@ -24,7 +24,8 @@ def test_help_list_and_describe_never_import_torch(arguments: list[str]):
     code = (
         "import sys\nfrom nnunet_dgplugins.cli.main import cli\n"
         f"cli.main({arguments!r}, standalone_mode=False)\n"
-        "bad = {'torch', 'nnunetv2', 'pandas', 'scipy', 'matplotlib', 'SimpleITK'} & set(sys.modules)\nassert not bad, bad"
+        "heavy = {'torch', 'nnunetv2', 'pandas', 'scipy', 'matplotlib', 'SimpleITK'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     done = _python(code)
     assert done.returncode == 0, done.stderr
