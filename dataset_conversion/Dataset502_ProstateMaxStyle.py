@@ -20,10 +20,10 @@ from dataset_conversion._facts import (
     Trouble,
     entries,
     is_volume,
-    safe_name,
     site_folders,
     stem,
 )
+from nnunet_dgplugins.data.names import safe_name
 from nnunet_dgplugins.errors import Problem
 
 FACTS = Facts(

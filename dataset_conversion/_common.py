@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dataset_conversion import _staging
 from dataset_conversion._facts import Facts, ListCases, Listing, Request, SourceCase
 from dataset_conversion._protocols import PROTOCOLS
 from nnunet_dgplugins import __version__
+from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
+from nnunet_dgplugins.data.names import near
 from nnunet_dgplugins.data.splits import SPLITS
-from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+from nnunet_dgplugins.errors import BadInput, Problem, UserError
 from nnunet_dgplugins.files import RAW, content_hash, human_bytes, nnunet_folder, require_disk, write_json
 
 if TYPE_CHECKING:
@@ -72,15 +73,15 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
     if problems:
         raise BadInput(f"{facts.command}, {request.root}", problems)
     digest = _digest(plan, reports)
-    if _staging.is_done(final, digest):
+    if staging.is_done(final, digest):
         click.echo(f"{plan.name} is there already, made from the same input: nothing to do.")
         return final
-    _staging.refuse_other_content(final, digest, request.overwrite)
+    staging.refuse_other_content(final, digest, request.overwrite)
     _show_sites(plan, reports)
-    folder = _staging.start(final, digest)
+    folder = staging.start(final, digest)
     _write(plan, reports, folder)
     _describe(plan, folder, digest)
-    _staging.finish(folder, final, digest)
+    staging.finish(folder, final, digest)
     number = plan.name[7:10]
     click.echo(f"Wrote {final}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
     return final
@@ -92,7 +93,7 @@ def _prepare(facts: Facts, list_cases: ListCases, request: Request) -> tuple[Pat
     listing = Listing()
     list_cases(request.root, request, listing)
     plan = _plan(facts, request, listing)
-    _staging.refuse_other_names(plan.name)
+    staging.refuse_other_names(plan.name)
     for warning in listing.warnings:
         click.echo(f"Note: {warning}", err=True)
     paths = [path for case in plan.cases for path in (*case.images, case.label)]
@@ -129,7 +130,7 @@ def _plan(facts: Facts, request: Request, listing: Listing) -> _Plan:
     names = {case.name for case in listing.cases} | {trouble.case for trouble in listing.troubles if trouble.case}
     for name in request.exclude:
         if name not in names:
-            raise UserError(f"--exclude {name}: no such case{nearest(name, names)}")
+            raise UserError(f"--exclude {name}: no such case{near(name, names)}")
     rank = {site.name: index for index, site in enumerate(facts.sites)}
     cases = [case for case in listing.cases if case.site in {*sources, *targets} and case.name not in request.exclude]
     cases.sort(key=lambda case: (rank[case.site], case.order, case.name))
@@ -197,7 +198,7 @@ def _digest(plan: _Plan, reports: list[Checked]) -> str:
     """Return the hash of everything the written bytes depend on."""
     return content_hash(
         {
-            "format": _staging.FORMAT,
+            "format": staging.FORMAT,
             "name": plan.name,
             "options": _options(plan),
             "cases": [

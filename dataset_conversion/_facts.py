@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,16 +162,6 @@ def entries(folder: Path) -> list[Path]:
         (path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"),
         key=lambda path: path.name,
     )
-
-
-def safe_name(text: str) -> str:
-    """Return ``text`` with letters, digits, ``-`` and ``_`` only; accents are taken off, the rest becomes ``-``."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", plain).strip("-_")
-    if safe:
-        return safe
-    # nothing of the name survives in ASCII (another script): its code points still tell two names apart
-    return "u" + "-".join(f"{ord(char):x}" for char in text.strip())
 
 
 def is_volume(path: Path) -> bool:
