@@ -1,3 +1,5 @@
+"""``python -m nnunet_dgplugins.cli``."""
+
 from nnunet_dgplugins.cli.main import main
 
 if __name__ == "__main__":

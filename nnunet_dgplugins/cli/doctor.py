@@ -18,7 +18,7 @@ from nnunet_dgplugins.cli.options import json_option, print_json, print_rows
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk, SAM files; exit code 1 on a failure."""
+    """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk, SAM files; exit code 1 on failure."""
     checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files()]
     good = all(check["state"] != "failed" for check in checks)
     if as_json:

@@ -40,8 +40,8 @@ class SliceSegmenter(nn.Module):
         """Return the canvas (3, S, S) of one slice (C, H, W)."""
         return to_canvas(x, self.model, self.channels)
 
-    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Return the encoder's features of slices (B, C, H, W): taps from shallow to deep, then the neck."""
+    def features(self, x: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the encoder's features of slices (C, H, W) each: taps from shallow to deep, then the neck."""
         return self.image_encoder(torch.stack([self.canvas(item) for item in x]))
 
     def segment(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,6 +82,13 @@ def read_slices(
     return SliceSet(keys, stacked)
 
 
+def read_view(dataset: Any, key: Key, augment: Augment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one slice (C, H, W) and its label map (1, H, W), augmented as its key's view says."""
+    data, seg, _, _ = dataset.load_case(key.case)
+    image = torch.from_numpy(np.asarray(data[:, key.z], np.float32))
+    return augment(image, torch.from_numpy(np.asarray(seg[:1, key.z], np.int16)), key)
+
+
 def masks(
     labels: torch.Tensor, heads: Sequence[Sequence[int]], ignore: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

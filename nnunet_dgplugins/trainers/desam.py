@@ -12,7 +12,8 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.data.loaders import SliceLoader
+from nnunet_dgplugins.data.loaders import LoadBatch, SliceLoader
+from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.losses import desam_loss
 from nnunet_dgplugins.methods.desam.network import (
@@ -26,11 +27,13 @@ from nnunet_dgplugins.methods.desam.selection import SelectionRule
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
+from nnunet_dgplugins.sam.preprocess import content_box, resize_target
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
-from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
+from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices, read_view
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import DeSAMSettings
 from nnunet_dgplugins.system import keep_freed_memory
+from nnunet_dgplugins.trainers.views import SliceViews
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
 
 
@@ -131,30 +134,29 @@ class DeSAMTrainer(WholeSliceTrainer):
         return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
 
     def get_dataloaders(self) -> tuple[SliceLoader, SliceLoader]:
-        """Return loaders of stored features; embeddings that are missing are computed first."""
+        """Return loaders of stored features, computed first where missing; ``online``: of augmented slices."""
         train_cases, val_cases = self.do_split()
         chosen = self.settings
-        store = prepare_store(
-            folder=Path(self.preprocessed_dataset_folder),
-            cases=sorted({*train_cases, *val_cases}),
-            sam=chosen.sam,
-            channels=chosen.channels or (0,),
-            mode=chosen.store,
-            device=self.device,
-            say=self.print_to_log_file,
-        )
         dataset = self.dataset_class(self.preprocessed_dataset_folder)
+        views = SliceViews(chosen.seed, self.configuration_manager.use_mask_for_norm)
         train = self._slices(
-            dataset, train_cases, only_foreground=chosen.train_slices == "foreground", drop_last=chosen.drop_last_slice
+            dataset,
+            train_cases,
+            only_foreground=chosen.train_slices == "foreground",
+            drop_last=chosen.drop_last_slice,
+            views=0 if chosen.online else chosen.augmented_views,
+            augment=views.both,
         )
         val = self._slices(dataset, val_cases)
         batch = chosen.batch_size or self.configuration_manager.batch_size
-        self.prompt_generator = np.random.default_rng(chosen.seed)
+        if chosen.online:
+            load_train = self._augmented(dataset, train, views)
+        else:
+            load_train = self._stored(train, train_cases, chosen.augmented_views, views)
+        load_val = self._stored(val, val_cases, 0, None)
         loaders = (
-            SliceLoader(
-                train.keys, train.labels, store.read_batch, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch
-            ),
-            SliceLoader(val.keys, val.labels, store.read_batch, batch),
+            SliceLoader(len(train), load_train, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
+            SliceLoader(len(val), load_val, batch),
         )
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in loaders)
         self.print_to_log_file(
@@ -164,11 +166,57 @@ class DeSAMTrainer(WholeSliceTrainer):
 
     def _slices(self, dataset: Any, cases: Sequence[str], **options: Any) -> SliceSet:
         organ = sorted({value for head in self.heads for value in head})
-        return read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, **options)
+        found = read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, **options)
+        if not len(found):
+            raise UserError(
+                f"{type(self).__name__}: no slice to train or validate on in {', '.join(cases)} "
+                f"(train_slices={self.settings.train_slices})."
+            )
+        return found
+
+    def _stored(self, slices: SliceSet, cases: Sequence[str], views: int, transform: SliceViews | None) -> LoadBatch:
+        """Return a function that reads batches from the embedding store."""
+        store = prepare_store(
+            folder=Path(self.preprocessed_dataset_folder),
+            cases=sorted(cases),
+            sam=self.settings.sam,
+            channels=self.settings.channels or (0,),
+            mode=self.settings.store,
+            device=self.device,
+            views=views,
+            transform=transform if views else None,
+            say=self.print_to_log_file,
+        )
+
+        def load(chosen: np.ndarray, epoch: int) -> dict[str, Any]:
+            keys = [slices.keys[index] for index in chosen]
+            return {
+                "features": store.read_batch(keys, device=self.device),
+                "labels": slices.labels[chosen],
+                "keys": keys,
+            }
+
+        return load
+
+    def _augmented(self, dataset: Any, slices: SliceSet, views: SliceViews) -> LoadBatch:
+        """Return a function that augments the slices of a batch anew in every epoch."""
+
+        def load(chosen: np.ndarray, epoch: int) -> dict[str, Any]:
+            # view 0 is the plain slice
+            keys = [slices.keys[index]._replace(view=epoch + 1) for index in chosen]
+            pairs = [read_view(dataset, key, views.both) for key in keys]
+            size = self.network.model.mask_size
+            labels = torch.stack([resize_target(label, content_box(image), size)[0] for image, label in pairs])
+            return {"images": [image for image, _ in pairs], "labels": labels, "keys": keys}
+
+        return load
 
     def _batch(self, batch: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """Return features, masks and valid pixels of a batch, on the device."""
-        features = [level.to(self.device, torch.float32, non_blocking=True) for level in batch["features"]]
+        if "images" in batch:
+            features = self.network.features([image.to(self.device) for image in batch["images"]])
+        else:
+            features = [level.to(self.device, torch.float32) for level in batch["features"]]
         target, valid = masks(batch["labels"].to(self.device), self.heads, self.label_manager.ignore_label)
         return features, target, valid
 
