@@ -173,13 +173,13 @@ def test_a_killed_conversion_is_invisible_to_nnunet_and_finishes_with_the_same_b
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     hidden = raw / f".dgplugins-{NAME}"
     deadline = time.monotonic() + 60
-    while len(list(hidden.glob("labels*/*.nii.gz"))) < 3:
+    while len(list(hidden.glob("labels*/[!.]*.nii.gz"))) < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    kept = next(hidden.glob("labels*/*.nii.gz"))
+    kept = next(hidden.glob("labels*/[!.]*.nii.gz"))
     before = kept.stat().st_mtime_ns
     (hidden / "imagesTr" / ".tmp-123-RUNMC_Case01_0000.nii.gz").write_bytes(b"half a file")
     assert not (raw / NAME).exists()
