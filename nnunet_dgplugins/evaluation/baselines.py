@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float32]
 def constant_mask(dataset: int | str, out_folder: Path) -> list[Path]:
     """Predict one and the same mask, placed by relative position in the image, for every case of ``imagesTs``.
 
-    The mask is where more than half of the labelled training cases have foreground, with the class most of them have
+    The mask is where more than half of the source's labelled training cases have foreground, with the class most of them have
     there. If no place reaches a half, the threshold falls to the largest one that leaves something.
 
     Args:
@@ -36,10 +36,7 @@ def constant_mask(dataset: int | str, out_folder: Path) -> list[Path]:
         UserError: the dataset has no labelled training case or no test image.
     """
     data = Dataset.load(dataset)
-    known = data.table.cases
-    labels = [
-        path for case, path in data.files(data.folder / "labelsTr").items() if case not in known or known[case].labelled
-    ]
+    labels = [path for case, path in data.files(data.folder / "labelsTr").items() if _may_be_read(data, case)]
     if not labels:
         raise UserError(f"{data.folder / 'labelsTr'}: no labelled training case to take a mean mask from.")
     images = {case[:-5]: path for case, path in data.files(data.folder / "imagesTs").items() if case.endswith("_0000")}
@@ -51,6 +48,12 @@ def constant_mask(dataset: int | str, out_folder: Path) -> list[Path]:
         written.append(out_folder / f"{case}{data.file_ending}")
         _write(average, image, written[-1])
     return written
+
+
+def _may_be_read(data: Dataset, case: str) -> bool:
+    """Return whether a training case is labelled and of the source, as far as the case table says."""
+    known = data.table.cases.get(case)
+    return known is None or (known.labelled and (not data.table.sources or known.site in (None, *data.table.sources)))
 
 
 def mean_masks(

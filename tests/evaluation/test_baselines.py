@@ -69,16 +69,21 @@ def test_every_test_case_gets_a_mask_with_the_geometry_of_its_image(nnunet_folde
     make(nnunet_folders)
     raw = nnunet_folders / "nnUNet_raw/Dataset501_Bars"
     write(bar(2), raw / "labelsTr" / "S_1.nii.gz")
-    write(np.full_like(bar(2), 1), raw / "labelsTr" / "U_1.nii.gz")
+    for case in ("U_1", "T_1"):
+        write(np.full_like(bar(2), 1), raw / "labelsTr" / f"{case}.nii.gz")
     content = json.loads((raw / "dataset.json").read_text())
-    content["dgplugins"]["cases"] |= {"S_1": {"labelled": True}, "U_1": {"labelled": False}}
+    content["dgplugins"]["cases"] |= {
+        "S_1": {"site": "RUNMC", "labelled": True},
+        "U_1": {"site": "RUNMC", "labelled": False},
+        "T_1": {"site": "A", "labelled": True},
+    }
     (raw / "dataset.json").write_text(json.dumps(content))
     written = constant_mask(501, tmp_path / "constant")
     assert [path.name for path in written] == sorted(path.name for path in (raw / "labelsTs").iterdir())
     mask, image = SimpleITK.ReadImage(str(written[0])), SimpleITK.ReadImage(str(raw / "imagesTs/A_1_0000.nii.gz"))
     assert mask.GetSpacing() == image.GetSpacing()
     assert mask.GetSize() == image.GetSize()
-    # the unlabelled case, which would fill the volume, is not averaged
+    # neither the unlabelled case nor the one of another site, which fill the volume, is averaged
     assert 0 < SimpleITK.GetArrayFromImage(mask).mean() < 0.5
 
 
