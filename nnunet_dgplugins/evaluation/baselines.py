@@ -22,8 +22,8 @@ Array = npt.NDArray[np.float32]
 def constant_mask(dataset: int | str, out_folder: Path) -> list[Path]:
     """Predict one and the same mask, placed by relative position in the image, for every case of ``imagesTs``.
 
-    The mask is where more than half of the source's labelled training cases have foreground, with the class most of them have
-    there. If no place reaches a half, the threshold falls to the largest one that leaves something.
+    The mask is where more than half of the source's labelled training cases have foreground, with the class most of
+    them have there. If no place reaches a half, the threshold falls to the largest one that leaves something.
 
     Args:
         dataset: id or name of a raw dataset.
