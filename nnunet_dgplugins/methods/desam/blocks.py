@@ -106,7 +106,13 @@ class ResSE(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Instance normalisation without parameters or running statistics."""
+    """Instance normalisation without parameters or running statistics.
+
+    One group per channel is the same function; PyTorch runs it 3-10 times faster on a CPU, while autocast on CUDA would
+    raise it to float32.
+    """
+    if x.device.type == "cpu":
+        return F.group_norm(x, x.shape[1], eps=NORM_EPS)
     return F.instance_norm(x, eps=NORM_EPS)
 
 
