@@ -250,3 +250,14 @@ def test_grid_prediction_repeats_itself_exactly(setting):
     first, second = (predict_grid(decoder, taps, neck, grid_of(encoder), rule) for _ in range(2))
     assert torch.equal(first.logits, second.logits)
     assert first.points == second.points
+
+
+def test_grid_prediction_in_bfloat16_stays_finite_and_close(setting):
+    decoder, taps, neck, encoder = setting
+    rule = SelectionRule(iou_threshold=-9, min_region_area=0)
+    plain = predict_grid(decoder, taps, neck, grid_of(encoder), rule)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = predict_grid(decoder, taps, neck, grid_of(encoder), rule)
+    assert cast.logits.dtype == cast.iou.dtype == torch.float32
+    assert torch.isfinite(cast.logits).all()
+    torch.testing.assert_close(cast.iou, plain.iou, atol=0.05, rtol=0.05)

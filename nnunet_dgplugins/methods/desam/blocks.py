@@ -68,7 +68,7 @@ class ResSE(nn.Module):
     """Residual block with squeeze-and-excitation: conv, norm, LeakyReLU, conv, norm, gate, sum, LeakyReLU.
 
     Args:
-        channels_in: input channels; at least one group of the input may be fed apart, see :meth:`forward_halves`.
+        channels_in: input channels; the later ones may be fed apart, see :meth:`forward_halves`.
         channels_out: output channels, a multiple of 16.
     """
 
@@ -116,7 +116,7 @@ def _norm(x: Tensor) -> Tensor:
     return F.instance_norm(x, eps=NORM_EPS)
 
 
-def keeps_size(x: Tensor, like: Tensor) -> Tensor:
+def expanded_to_batch(x: Tensor, like: Tensor) -> Tensor:
     """Expand a batch of one to the batch of ``like`` without copying."""
     if x.shape[0] == like.shape[0]:
         return x

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from nnunet_dgplugins.methods.desam.blocks import Halves, ResSE, Upsample, keeps_size
+from nnunet_dgplugins.methods.desam.blocks import Halves, ResSE, Upsample, expanded_to_batch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LocalizationBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Map (B, Cin, H, W) and a context (B, Cout, 2H, 2W) to (B, Cout, 2H, 2W)."""
         up = self.transp_conv(x)
-        return self.res_block(torch.cat([up, keeps_size(skip, up)], dim=1))
+        return self.res_block(torch.cat([up, expanded_to_batch(skip, up)], dim=1))
 
     def forward_halves(self, x: Tensor, skip: Halves) -> Tensor:
         """Equal :meth:`forward` with the context's part worked out before."""
@@ -112,7 +112,7 @@ class PDMM(nn.Module):
         """Join the prompt-aware map (N, W, g, g) with context 0 (batch 1 or N) into (N, W, g, g)."""
         if isinstance(contexts, SharedContexts):
             return self.mask_embedding_fusion.forward_halves(mask_embedding, contexts.fusion)
-        context = keeps_size(contexts[0], mask_embedding)
+        context = expanded_to_batch(contexts[0], mask_embedding)
         return self.mask_embedding_fusion(torch.cat([mask_embedding, context], dim=1))
 
     def stages(self, mask_embedding: Tensor, contexts: Sequence[Tensor] | SharedContexts) -> list[Tensor]:
