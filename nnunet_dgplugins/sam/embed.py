@@ -104,6 +104,19 @@ def prepare_store(
     return store
 
 
+def preprocessed_cases(folder: str | Path) -> list[str]:
+    """Return all cases of a preprocessed data folder.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    if not Path(folder).is_dir():
+        raise UserError(f"No preprocessed data in {folder}. Run `nnUNetv2_preprocess` first.")
+    return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+
+
 def _check_arguments(
     folder: Path,
     cases: Sequence[str],
@@ -134,7 +147,7 @@ class _Slices:
         from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
         kind = infer_dataset_class(str(folder))
-        self.everything = sorted(kind.get_identifiers(str(folder)))
+        self.everything = preprocessed_cases(folder)
         absent = sorted(set(cases) - set(self.everything))
         if absent:
             shown = ", ".join(absent[:5]) + (" ..." if len(absent) > 5 else "")
@@ -153,11 +166,10 @@ class _Slices:
         check_channels(self.channels, data.shape[0], f"{self.folder}, {case}")
         return data
 
-    def depth(self, case: str) -> int:
-        return int(self._dataset.load_case(case)[0].shape[1])
-
-    def keys(self, case: str, depth: int) -> list[Key]:
-        return [Key(case, z, view) for view in range(self.views + 1) for z in range(depth)]
+    def keys(self, case: str, data: torch.Tensor) -> list[Key]:
+        """Return the entries of a case; a slice that is zero everywhere shows nothing and has none."""
+        shown = [z for z in range(data.shape[1]) if data[:, z].any()]
+        return [Key(case, z, view) for view in range(self.views + 1) for z in shown]
 
     def picture(self, data: torch.Tensor, key: Key) -> torch.Tensor:
         """Return the slice (C, H, W) of a key, augmented if it is a view."""
@@ -179,7 +191,7 @@ class _Work:
         return _CUDA_BATCH if self.device.type == "cuda" else 1
 
     def groups(self, case: str, data: torch.Tensor) -> list[list[Key]]:
-        keys = self.source.keys(case, data.shape[1])
+        keys = self.source.keys(case, data)
         return [keys[start : start + self.batch] for start in range(0, len(keys), self.batch)]
 
     def encode(self, data: torch.Tensor, group: Sequence[Key]) -> Iterator[list[torch.Tensor]]:
@@ -207,45 +219,50 @@ class _Work:
     def run(self, cases: Sequence[str], verify: bool, say: Callable[[str], None]) -> None:
         """Find what is missing, say what it costs, compute it."""
         missing, total = self._missing(cases, verify, say)
-        if not missing:
+        count = sum(map(len, missing.values()))
+        if not count:
             say(f"Embeddings of {total} slices are complete: {self.store.folder}")
             return
         model = self.store.model
-        size = len(missing) * model.raw_bytes * SIZE_BOUND[self.store.mode]
+        size = count * model.raw_bytes * SIZE_BOUND[self.store.mode]
         say(
-            f"Embedding {len(missing)} of {total} slices with {model.described}, mode {self.store.mode}, "
-            f"on {self.device}: at most {human_bytes(size)} in {self.store.folder}"
+            f"Embedding {count} of {total} slices with {model.described}, mode {self.store.mode}, on {self.device}: "
+            f"at most {human_bytes(size)} in {self.store.folder}"
         )
         require_disk(self.store.folder, size, "the embeddings")
-        progress = _Progress(len(missing), say)
-        for case in cases:
-            if not any(key.case == case for key in missing):
-                continue
+        progress = _Progress(count, say)
+        for case, keys in missing.items():
             data = self.source.load(case)
             for group in self.groups(case, data):
-                wanted = {key for key in group if key in missing}
+                wanted = keys.intersection(group)
                 # another process may have been here since
-                wanted -= {key for key in wanted if not verify and self.store.has(key, self.hash(data, key))}
-                if wanted:
-                    self._store(data, group, wanted)
-                progress.advance(sum(key in missing for key in group))
+                still = {key for key in wanted if verify or not self.store.has(key, self.hash(data, key))}
+                if still:
+                    self._store(data, group, still)
+                progress.advance(len(wanted))
         progress.close()
 
-    def _missing(self, cases: Sequence[str], verify: bool, say: Callable[[str], None]) -> tuple[set[Key], int]:
-        missing: set[Key] = set()
-        total = damaged = 0
+    def _missing(
+        self, cases: Sequence[str], verify: bool, say: Callable[[str], None]
+    ) -> tuple[dict[str, set[Key]], int]:
+        """Return what has to be computed by case, and the number of entries there should be."""
+        missing: dict[str, set[Key]] = {}
+        total = damaged = absent = 0
         for case in cases:
             data = self.source.load(case)
-            for key in self.source.keys(case, data.shape[1]):
-                total += 1
+            keys = self.source.keys(case, data)
+            total += len(keys)
+            for key in keys:
                 content = self.hash(data, key)
                 if not self.store.has(key, content):
-                    missing.add(key)
+                    absent += 1
                 elif verify and self.store.verify(key, content):
                     damaged += 1
-                    missing.add(key)
+                else:
+                    continue
+                missing.setdefault(case, set()).add(key)
         if verify:
-            say(f"Read {total} entries: {damaged} damaged, {len(missing) - damaged} missing or of other content.")
+            say(f"Read {total - absent} entries: {damaged} damaged, {absent} missing or of other content.")
         return missing, total
 
 

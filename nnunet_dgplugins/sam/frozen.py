@@ -79,14 +79,9 @@ class FrozenEncoder(nn.Module):
             self.adopt(load_parts(self.model))
 
     def release(self) -> None:
-        """Free the weights; they are loaded again when needed.
-
-        Raises:
-            UserError: weights that came from a checkpoint alone cannot be loaded again.
-        """
-        if self.carried and self.model.file is not None:
-            raise UserError(f"{self.model.name}: its weights are carried in the checkpoint and cannot be released.")
-        self._held.clear()
+        """Free the weights if their file can give them again; weights that are carried stay."""
+        if not self.carried:
+            self._held.clear()
 
     def carry(self, on: bool = True) -> None:
         """Put the weights into the state dict in half precision, or take them out; ``vit_tiny`` is always inside."""

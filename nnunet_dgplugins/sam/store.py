@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -169,18 +169,6 @@ class EmbeddingStore:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(fill, range(len(keys))))
         return batch
-
-    def batches(
-        self, key_lists: Sequence[Sequence[Key]], threads: int = 2, device: torch.device | str = "cpu"
-    ) -> Iterator[list[torch.Tensor]]:
-        """Yield batch after batch, reading the next one while the caller works on the present one."""
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.read_batch, key_lists[0], threads, device) if key_lists else None
-            for following in [*key_lists[1:], None]:
-                assert coming is not None
-                batch = coming.result()
-                coming = ahead.submit(self.read_batch, following, threads, device) if following is not None else None
-                yield batch
 
     def verify(self, key: Key, content: str | None = None) -> str:
         """Read one entry completely.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TINY_SEED = 0
 _SECTIONS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
+_ENCODER_KEYS = ("pos_embed", "patch_embed.", "blocks.", "neck.")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "sam.")
 
@@ -81,7 +82,8 @@ def _missing(model: SamModel) -> str:
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict in safe mode (safetensors, or a pickle that holds tensors only), on the CPU.
 
-    Wrappers (``model``, ``state_dict``) and prefixes (``module.``, ``sam.``) are taken off.
+    Wrappers (``model``, ``state_dict``) and prefixes (``module.``, ``sam.``) are taken off; an encoder's keys may come
+    without theirs.
 
     Raises:
         UserError: the file is missing, broken, a pickled module, or holds no tensors.
@@ -110,9 +112,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             state = {key[len(prefix) :]: value for key, value in state.items()}
     if not state:
         raise UserError(f"{path}: holds no tensors.")
-    if not any(key.startswith(_SECTIONS) for key in state) and "patch_embed.proj.weight" in state:
-        state = {f"image_encoder.{key}": value for key, value in state.items()}
-    return state
+    return {f"image_encoder.{key}" if key.startswith(_ENCODER_KEYS) else key: value for key, value in state.items()}
 
 
 def _why_unreadable(error: Exception) -> str:
