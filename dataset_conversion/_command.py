@@ -24,11 +24,6 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
     """
     sites = ", ".join(site.name for site in facts.sites)
 
-    def run(**options: Any) -> None:
-        from dataset_conversion._common import convert
-
-        convert(facts, list_cases, Request(**options))
-
     options: list[Callable[..., Any]] = [
         click.argument("root", type=click.Path(path_type=Path)),
         click.option("--id", "dataset_id", type=click.IntRange(1, 999), default=facts.dataset_id, show_default=True,
@@ -56,7 +51,9 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         options.append(click.option("--split", type=choice, default=facts.splits[0], show_default=True, help=text))
 
     def callback(copy: bool, **options: Any) -> None:
-        run(link=not copy, **options)
+        from dataset_conversion._common import convert
+
+        convert(facts, list_cases, Request(link=not copy, **options))
 
     wrapped: Callable[..., Any] = callback
     for option in reversed(options):

@@ -20,7 +20,7 @@ from nnunet_dgplugins import __version__
 from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
 from nnunet_dgplugins.data.names import near
-from nnunet_dgplugins.data.splits import SPLITS
+from nnunet_dgplugins.data.splits import SPLITS, Split
 from nnunet_dgplugins.errors import BadInput, Problem, UserError
 from nnunet_dgplugins.files import RAW, content_hash, human_bytes, nnunet_folder, require_disk, write_json
 
@@ -76,11 +76,14 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
     if staging.is_done(final, digest):
         click.echo(f"{plan.name} is there already, made from the same input: nothing to do.")
         return final
+    table = _table(plan, digest)
+    held_out, folds = PROTOCOLS[request.split](table, [case.name for case in plan.cases if case.site in plan.sources])
+    test = {case.name for case in plan.cases if case.site not in plan.sources or case.name in held_out}
     staging.refuse_other_content(final, digest, request.overwrite)
     _show_sites(plan, reports)
     folder = staging.start(final, digest)
-    _write(plan, reports, folder)
-    _describe(plan, folder, digest)
+    _write(plan, reports, test, folder)
+    _describe(plan, table, folds, len(plan.cases) - len(test), folder)
     staging.finish(folder, final, digest)
     number = plan.name[7:10]
     click.echo(f"Wrote {final}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
@@ -238,12 +241,19 @@ def _range(numbers: list[Any]) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def _write(plan: _Plan, reports: list[Checked], folder: Path) -> None:
+def _table(plan: _Plan, digest: str) -> CaseTable:
+    return CaseTable(
+        cases={case.name: Case(case.site, case.patient, original=case.original) for case in plan.cases},
+        source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
+        protocol={**_options(plan), "input": digest, "version": __version__},
+    )
+
+
+def _write(plan: _Plan, reports: list[Checked], test: set[str], folder: Path) -> None:
     from dataset_conversion import _parallel, _volumes
 
-    held_out = set(_held_out(plan))
     arguments = [
-        (case, _recipe(plan, case), report, folder, "Ts" if case.name in held_out else "Tr")
+        (case, _recipe(plan, case), report, folder, "Ts" if case.name in test else "Tr")
         for case, report in zip(plan.cases, reports, strict=True)
     ]
     try:
@@ -252,33 +262,18 @@ def _write(plan: _Plan, reports: list[Checked], folder: Path) -> None:
         raise UserError(f"{folder}: writing stopped ({error}). Run the same command again, it continues.") from error
 
 
-def _held_out(plan: _Plan) -> list[str]:
-    """Return the test cases: those of the target sites, and what the split keeps from the source."""
-    names = [case.name for case in plan.cases if case.site in plan.sources]
-    kept = set(PROTOCOLS[plan.request.split].held_out(names))
-    return [case.name for case in plan.cases if case.site not in plan.sources or case.name in kept]
-
-
-def _describe(plan: _Plan, folder: Path, digest: str) -> None:
+def _describe(plan: _Plan, table: CaseTable, folds: list[Split], count: int, folder: Path) -> None:
     """Write the folds and dataset.json; a repaired dataset keeps those it has, they may have been edited."""
-    held_out = set(_held_out(plan))
-    train = [case.name for case in plan.cases if case.name not in held_out]
-    table = CaseTable(
-        cases={case.name: Case(case.site, case.patient, original=case.original) for case in plan.cases},
-        source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
-        protocol={**_options(plan), "input": digest, "version": __version__},
-    )
-    splits = PROTOCOLS[plan.request.split].folds(table, train)
-    if not (folder / SPLITS).exists() and splits:
-        write_json(folder / SPLITS, splits)
-    if not splits:
+    if not folds:
         click.echo("Note: one patient only, so there are no folds; train with fold 'all'.", err=True)
+    elif not (folder / SPLITS).exists():
+        write_json(folder / SPLITS, folds)
     if not (folder / "dataset.json").exists():
         content = {
             "name": plan.name[11:],
             "channel_names": dict(plan.facts.channel_names),
             "labels": dict(plan.labels),
-            "numTraining": len(train),
+            "numTraining": count,
             "file_ending": ".nii.gz",
             "reference": plan.facts.reference,
             "licence": plan.facts.licence,

@@ -1,53 +1,41 @@
-"""Ways to split the source cases: which validate, and which are kept aside for testing."""
+"""Ways to split the source cases: which validate, and which are kept aside for testing.
+
+Each takes the case table and the source cases in the source's own order, and returns test cases and folds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from nnunet_dgplugins.data import splits
 from nnunet_dgplugins.data.case_table import CaseTable
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """One way to split.
-
-    Args:
-        folds: table and training cases in the source's own order to folds; empty if there is a single patient.
-        held_out: source cases in their own order to those that become test cases.
-    """
-
-    folds: Callable[[CaseTable, Sequence[str]], list[splits.Split]]
-    held_out: Callable[[Sequence[str]], Sequence[str]] = lambda names: ()
+Outcome = tuple[list[str], list[splits.Split]]
 
 
-def _k_fold(table: CaseTable, names: Sequence[str]) -> list[splits.Split]:
+def five_fold(table: CaseTable, names: Sequence[str]) -> Outcome:
+    """Five folds by patient, fewer where there are fewer patients, none for a single one."""
     patients = len({table.patient_of(name) for name in names})
-    return splits.k_fold(table, names, min(5, patients)) if patients > 1 else []
+    return [], splits.k_fold(table, names, min(5, patients)) if patients > 1 else []
 
 
-def _cross_modality_counts(count: int) -> tuple[int, int]:
-    """Return how many sorted cases test and validate in the published cross-modality code (the rest trains)."""
-    train, val = round(0.7 * count), int(0.1 * count)
-    return count - train - val, val
+def desam(table: CaseTable, names: Sequence[str]) -> Outcome:
+    """One fold as in DeSAM's released code: the first ``int(0.9 n)`` cases train, the rest validate.
+
+    Raises:
+        UserError: too few cases.
+    """
+    return [], splits.first_fraction(table, names)
 
 
-def _cross_modality_held_out(names: Sequence[str]) -> Sequence[str]:
-    return names[: _cross_modality_counts(len(names))[0]]
+def cross_modality(table: CaseTable, names: Sequence[str]) -> Outcome:
+    """Split as in the cross-modality papers' code: first 20 % test, next 10 % validate, last 70 % train; one fold."""
+    val = int(0.1 * len(names))
+    test = len(names) - round(0.7 * len(names)) - val
+    rest = names[test:]
+    if not val:
+        return list(names[:test]), five_fold(table, rest)[1]
+    return list(names[:test]), [{"train": list(rest[val:]), "val": list(rest[:val])}]
 
 
-def _cross_modality_folds(table: CaseTable, names: Sequence[str]) -> list[splits.Split]:
-    # names are what is left without the test cases, so the number of all cases is recovered by counting up
-    total = next(n for n in range(len(names), 2 * len(names) + 2) if n - _cross_modality_counts(n)[0] == len(names))
-    val = _cross_modality_counts(total)[1]
-    if not 0 < val < len(names):
-        return _k_fold(table, names)
-    return [{"train": list(names[val:]), "val": list(names[:val])}]
-
-
-PROTOCOLS = {
-    "kfold": Protocol(_k_fold),
-    "desam": Protocol(splits.first_fraction),
-    "published": Protocol(_cross_modality_folds, _cross_modality_held_out),
-}
+PROTOCOLS = {"kfold": five_fold, "desam": desam, "published": cross_modality}

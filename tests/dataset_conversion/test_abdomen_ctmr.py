@@ -70,18 +70,15 @@ def test_the_published_split_counts_ids_as_numbers_and_tests_on_the_first_fifth(
     assert table["dgplugins"]["cases"]["CT_000"]["site"] == "CT"
 
 
-@pytest.mark.parametrize("count", range(4, 45))
-def test_the_published_split_of_any_number_of_cases_is_that_of_the_published_code(count: int) -> None:
-    from dataset_conversion._protocols import PROTOCOLS
+@pytest.mark.parametrize(("count", "test", "val"), [(20, 4, 2), (30, 6, 3), (13, 3, 1), (10, 2, 1), (45, 10, 4)])
+def test_the_published_split_rounds_as_the_published_code_does(count: int, test: int, val: int) -> None:
+    from dataset_conversion._protocols import cross_modality
     from nnunet_dgplugins.data.case_table import CaseTable
 
     cases = [f"{number:02d}" for number in range(count)]
-    test = cases[: count - round(0.7 * count) - int(0.1 * count)]
-    rest = cases[len(test) :]
-    assert list(PROTOCOLS["published"].held_out(cases)) == test
-    folds = PROTOCOLS["published"].folds(CaseTable(), rest)
-    if int(0.1 * count):
-        assert folds == [{"train": rest[int(0.1 * count) :], "val": rest[: int(0.1 * count)]}]
+    held_out, folds = cross_modality(CaseTable(), cases)
+    assert held_out == cases[:test]
+    assert folds == [{"train": cases[test + val :], "val": cases[test : test + val]}]
 
 
 def test_a_number_in_two_files_is_reported(tmp_path: Path) -> None:

@@ -186,6 +186,14 @@ def test_a_single_source_case_has_no_folds_and_says_so(tmp_path: Path, capsys: p
     assert "fold 'all'" in capsys.readouterr().err
 
 
+def test_a_split_that_cannot_be_made_is_refused_before_anything_is_written(
+    tmp_path: Path, nnunet_folders: Path
+) -> None:
+    with pytest.raises(UserError, match="too few for a split"):
+        convert(module, saml(tmp_path / "in", per_site=1), split="desam")
+    assert not list((nnunet_folders / "nnUNet_raw").iterdir())
+
+
 def test_nnunet_finds_nothing_wrong_with_the_result(tmp_path: Path) -> None:
     root = saml(tmp_path / "in", per_site=3)
     save(root / "RUNMC" / "Case01_segmentation.nii.gz", label().astype(np.float64), np.diag([1, 1, 1, 1.0]))
