@@ -69,8 +69,12 @@ class SliceSegmenter(nn.Module):
             logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
         return logits, confidence
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, heads, H, W) of slices (B, C, H, W); what nnU-Net's predictor calls with a patch."""
+        """Return logits (B, heads, H, W) of slices (B, C, H, W); what nnU-Net's predictor calls with a patch.
+
+        The way depends on the content of each slice and is no graph: nnUNet_compile is accepted and has no effect.
+        """
         self._warn_if_tiled(x)
         return self.segment(x)[0]
 

@@ -46,7 +46,6 @@ class DGTrainer(nnUNetTrainer):
         folder = _model_folder(type(self).__name__, plans, configuration)
         resolved = self._resolve_settings(plans, configuration, folder, dataset_json)
         folds.check_fold(plans["dataset_name"], fold)
-        continues = bool(plans.get("continue_training"))
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = resolved
         self.case_table = CaseTable.from_dataset_json(dataset_json)
@@ -58,8 +57,8 @@ class DGTrainer(nnUNetTrainer):
         self._epoch_seconds: list[float] = []
         if device.type == "cpu" and resolved.keep_freed_memory:
             self.print_to_log_file(f"CPU memory: {keep_freed_memory()}")
-        if not continues:
-            seed_everything(resolved.seed, 0)
+        # also when continuing: without a checkpoint nnU-Net starts afresh
+        seed_everything(resolved.seed, 0)
 
     # ---------------------------------------------------------------- settings and refusals
 

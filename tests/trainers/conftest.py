@@ -1,0 +1,172 @@
+"""Planned tiny datasets, once per session; results in a folder of each test's own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+from tiny_dataset import ENDING, Recipe, plan, threads_for_processes, write_raw
+
+from nnunet_dgplugins.files import read_json, write_json
+from nnunet_dgplugins.sam.models import MODELS
+
+QUICK = {"sam": "vit_tiny", "epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "store": "half"}
+QUICK_GRID = {**QUICK, "grid_size": 2, "validation": "points"}
+FIRST_NUMBER = 901
+
+
+class World:
+    """nnU-Net's three folders as one test sees them: shared data, own results, own settings file."""
+
+    def __init__(self, root: Path, shared: Callable[[Recipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch):
+        self.root, self._shared, self.monkeypatch = root, shared, monkeypatch
+        self.results = root / "nnUNet_results"
+        self.results.mkdir()
+        monkeypatch.setenv("nnUNet_results", str(self.results))
+        self.use(Recipe())
+        self.settings()
+
+    def use(self, recipe: Recipe, own: bool = False) -> World:
+        """Work on the dataset of a recipe; ``own`` copies it, so that the test may change it."""
+        folder, self.number = self._shared(recipe)
+        self.recipe, self.name = recipe, f"Dataset{self.number}_{recipe.name}"
+        if own:
+            for kind in ("raw", "preprocessed"):
+                shutil.copytree(folder / f"nnUNet_{kind}" / self.name, self.root / f"nnUNet_{kind}" / self.name)
+            folder = self.root
+        self.raw, self.preprocessed = (folder / f"nnUNet_{kind}" / self.name for kind in ("raw", "preprocessed"))
+        for kind in ("raw", "preprocessed"):
+            self.monkeypatch.setenv(f"nnUNet_{kind}", str(folder / f"nnUNet_{kind}"))
+        return self
+
+    def settings(self, **values: Any) -> None:
+        """Write the trial file that both trainers read: quick values with these over them."""
+        write_json(
+            self.root / "settings.json",
+            {"DeSAMTrainer": {**QUICK, **values}, "DeSAMGridTrainer": {**QUICK_GRID, **values}},
+        )
+        self.monkeypatch.setenv("DGPLUGINS_SETTINGS", str(self.root / "settings.json"))
+
+    def elsewhere(self, name: str) -> World:
+        """Go on with another, empty results folder."""
+        self.results = self.root / name
+        self.results.mkdir()
+        self.monkeypatch.setenv("nnUNet_results", str(self.results))
+        return self
+
+    def no_settings(self) -> None:
+        """Leave the trainers to the plans file and the defaults."""
+        self.monkeypatch.delenv("DGPLUGINS_SETTINGS")
+
+    def edit_json(self, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Change a file of the test's own preprocessed folder."""
+        content = read_json(self.preprocessed / name)
+        change(content)
+        write_json(self.preprocessed / name, content)
+
+    def write_splits(self, folds: list[dict[str, Any]]) -> None:
+        """Write the folds of the test's own preprocessed folder."""
+        write_json(self.preprocessed / "splits_final.json", folds)
+
+    def model(self, trainer: str = "DeSAMTrainer", configuration: str = "2d", plans: str = "nnUNetPlans") -> Path:
+        """The model folder."""
+        return self.results / self.name / f"{trainer}__{plans}__{configuration}"
+
+    def construct(
+        self, trainer: str = "DeSAMTrainer", fold: int | str = 0, configuration: str = "2d", plans: str = "nnUNetPlans",
+        continues: bool = False, device: str = "cpu",
+    ) -> Any:  # fmt: skip
+        """Make a trainer as ``nnUNetv2_train`` does."""
+        import torch
+        from nnunetv2.run.run_training import get_trainer_from_args
+
+        return get_trainer_from_args(
+            str(self.number), configuration, fold, trainer, plans, continues, torch.device(device)
+        )
+
+    def train(self, trainer: str = "DeSAMTrainer", fold: int | str = 0, **options: Any) -> Any:
+        """Train without nnU-Net's final validation, and return the trainer."""
+        built = self.construct(trainer, fold, **options)
+        built.run_training()
+        return built
+
+    def command(self, trainer: str = "DeSAMTrainer", fold: int | str = 0, **options: Any) -> None:
+        """Do all that ``nnUNetv2_train`` does, validation included, in this process; options as its function has."""
+        import torch
+        from nnunetv2.run.run_training import run_training
+
+        with threads_for_processes():
+            run_training(str(self.number), "2d", fold, trainer, device=torch.device("cpu"), **options)
+
+    def images(self) -> list[list[str]]:
+        """Files of the target cases, one list per case."""
+        folder = self.raw / "imagesTs"
+        names = sorted({path.name[: -len(ENDING) - 5] for path in folder.glob(f"*{ENDING}")})
+        return [sorted(str(path) for path in folder.glob(f"{name}_*{ENDING}")) for name in names]
+
+    def predictor(
+        self, model: Path | None = None, fold: int | str = 0, checkpoint: str = "checkpoint_final.pth",
+        device: str = "cpu",
+    ) -> Any:  # fmt: skip
+        """nnU-Net's predictor over a model folder."""
+        import torch
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        found = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
+        found.initialize_from_trained_model_folder(str(model or self.model()), (fold,), checkpoint)
+        return found
+
+    def predict(self, model: Path | None = None, files: list[list[str]] | None = None, **options: Any) -> list[Any]:
+        """Label arrays (Z, Y, X) of the target cases, from nnU-Net's predictor."""
+        return self.predictor(model, **options).predict_from_files_sequential(files or self.images(), None)
+
+
+@pytest.fixture(scope="session")
+def shared_datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], tuple[Path, int]]:
+    """Return the folder and id of the planned dataset of a recipe; each is made once."""
+    root = tmp_path_factory.mktemp("shared")
+    made: dict[Recipe, int] = {}
+
+    def get(recipe: Recipe) -> tuple[Path, int]:
+        if recipe not in made:
+            number = FIRST_NUMBER + len(made)
+            with pytest.MonkeyPatch.context() as patch:
+                for kind in ("raw", "preprocessed", "results"):
+                    (root / f"nnUNet_{kind}").mkdir(exist_ok=True)
+                    patch.setenv(f"nnUNet_{kind}", str(root / f"nnUNet_{kind}"))
+                write_raw(root / "nnUNet_raw", f"Dataset{number}_{recipe.name}", recipe)
+                plan(number, recipe)
+            made[recipe] = number
+        return root, made[recipe]
+
+    return get
+
+
+@pytest.fixture
+def real_size_world(
+    tmp_path: Path, shared_datasets: Callable[[Recipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
+) -> World:
+    """A planned dataset of one class, quick settings, an empty results folder, vit_tiny as it is shipped."""
+    return World(tmp_path, shared_datasets, monkeypatch)
+
+
+@pytest.fixture
+def world(real_size_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The same with small SAM models and without nnU-Net's plot: a training takes a second."""
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+    for name, model in (("vit_tiny", small_models.SEEDED), ("vit_b", small_models.FROM_FILE)):
+        monkeypatch.setitem(MODELS, name, model)
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+    return real_size_world
+
+
+@pytest.fixture
+def sam_file(world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small vit_b's weight file, found through DGPLUGINS_SAM_DIR."""
+    monkeypatch.setenv("DGPLUGINS_SAM_DIR", str(world.root / "sam"))
+    return small_models.write_file(world.root / "sam")
