@@ -74,7 +74,7 @@ SITES: dict[str, Site] = {
         tissue=(0.01, 0.62, 0.22, 0.45, 0.08, 0.95, 0.35, 0.10, 0.80, 0.42, 0.72),
     ),
     "BMC": Site(
-        cases=6, pixels=88, spacing=(1.6, 3.0), gamma=0.8, bias=0.20, coil=2.2, noise=0.05, blur=0.7,
+        cases=6, pixels=88, spacing=(1.6, 3.0), gamma=0.8, bias=0.15, coil=1.0, noise=0.04, blur=0.7,
         texture=0.12, scale=1500.0, zones=True, suffix="_Segmentation",
         tissue=(0.01, 0.55, 0.25, 0.40, 0.10, 0.85, 0.40, 0.06, 0.70, 0.40, 0.60),
     ),
@@ -89,12 +89,12 @@ SITES: dict[str, Site] = {
         tissue=(0.02, 0.70, 0.24, 0.55, 0.12, 0.80, 0.36, 0.15, 0.66, 0.45, 0.55),
     ),
     "BIDMC": Site(
-        cases=6, pixels=72, spacing=(1.9, 2.6), gamma=1.2, bias=0.25, coil=3.5, noise=0.05, blur=0.8,
+        cases=6, pixels=72, spacing=(1.9, 2.6), gamma=1.2, bias=0.18, coil=1.4, noise=0.04, blur=0.8,
         texture=0.10, scale=4000.0, missing=(1,),
         tissue=(0.01, 0.72, 0.26, 0.48, 0.10, 0.70, 0.45, 0.05, 0.60, 0.44, 0.52),
     ),
     "HK": Site(
-        cases=6, pixels=80, spacing=(2.0, 3.6), gamma=1.0, bias=0.20, coil=2.8, noise=0.08, blur=0.6,
+        cases=6, pixels=80, spacing=(2.0, 3.6), gamma=1.0, bias=0.15, coil=1.2, noise=0.05, blur=0.6,
         texture=0.14, scale=250.0,
         tissue=(0.02, 0.48, 0.30, 0.38, 0.15, 0.75, 0.38, 0.08, 0.58, 0.50, 0.56),
     ),

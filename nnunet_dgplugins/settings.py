@@ -108,7 +108,7 @@ class DeSAMSettings(TrainingSettings):
     nms_threshold: float = setting(0.7, "Box IoU above which the lower-scored mask is dropped.", "released code")
     min_region_area: int = setting(
         1000,
-        "Holes and islands smaller than this are removed (pixels of a 256x256 mask); grid only.",
+        "Holes and islands smaller than this are removed (pixels of a 256x256 mask); both prompts.",
         "released code",
         minimum=0,
     )

@@ -329,12 +329,12 @@ def _remembered_mode(work: _Work, known: str, probe: Probe, say: Callable[[str],
     )
     if record.is_file():
         return str(read_json(record)["mode"])
+    say(f"auto: measuring on {SAMPLE_SLICES} slices how much rounding to 8 bits would show")
     size, worst = measure_compact(work, probe)
     mode = "compact" if size <= SIZE_BOUND["compact"] and worst.logits < LOGITS_BOUND else "half"
     say(
-        f"auto: mode {mode}. Compact takes {size:.3f} of the float32 size and changes a fixed decoder's logits by "
-        f"{100 * worst.logits:.2f} % of their range on {SAMPLE_SLICES} slices (bounds "
-        f"{SIZE_BOUND['compact']} and {100 * LOGITS_BOUND:.1f} %)."
+        f"auto: {mode}. Compact would take {size:.3f} of the float32 size and change a fixed decoder's logits by "
+        f"{100 * worst.logits:.2f} % of their range (bounds {SIZE_BOUND['compact']} and {100 * LOGITS_BOUND:.1f} %)."
     )
     write_json(record, {"mode": mode, "size": size, "logits": worst.logits, "masks": worst.masks})
     return mode

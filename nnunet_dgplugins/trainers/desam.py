@@ -299,7 +299,11 @@ class DeSAMGridTrainer(DeSAMTrainer):
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None
     ) -> dict[str, Any]:
         points = sample_points(
-            target.cpu(), self.prompt_generator, self.network.model.image_size, None if valid is None else valid.cpu()
+            target.cpu(),
+            self.prompt_generator,
+            self.network.model.image_size,
+            None if valid is None else valid.cpu(),
+            self.settings.background_points,
         )
         return self._at(features, points)
 

@@ -90,11 +90,13 @@ def grid_points(n: int, image_hw: tuple[int, int], canvas: int) -> np.ndarray:
     return unit * np.array([int(width * scale + 0.5), int(height * scale + 0.5)], dtype=np.float64)
 
 
-def draw_points(count: int, num_classes: int, generator: np.random.Generator) -> PointDraw:
-    """Draw for ``count`` slices: a class uniformly, on or off it with equal chance, a place."""
+def draw_points(
+    count: int, num_classes: int, generator: np.random.Generator, background_points: int = 1
+) -> PointDraw:
+    """Draw for ``count`` slices: a class uniformly, on it once for every ``background_points`` off it, a place."""
     return PointDraw(
         class_index=generator.integers(num_classes, size=count),
-        on_organ=generator.integers(2, size=count).astype(bool),
+        on_organ=generator.integers(background_points + 1, size=count) == background_points,
         position=generator.random(count),
     )
 
@@ -140,9 +142,11 @@ def sample_points(
     generator: np.random.Generator,
     canvas: int,
     valid: np.ndarray | Tensor | None = None,
+    background_points: int = 1,
 ) -> Points:
-    """Draw one training point per slice: class, on or off it 1:1, a pixel of that kind uniformly at random."""
-    return place_points(draw_points(target.shape[0], target.shape[1], generator), target, canvas, valid)
+    """Draw one training point per slice: class, on or off it (1:1 as published), a pixel of that kind at random."""
+    draw = draw_points(target.shape[0], target.shape[1], generator, background_points)
+    return place_points(draw, target, canvas, valid)
 
 
 def fixed_points(
