@@ -68,7 +68,7 @@ _STARTUP_FILES = ("nnunet_dgplugins_autoload.pth", "nnunet_dgplugins_boot.py")
 
 
 def steps_rows(repeats: int = 7, batch: int = 8) -> list[Row]:
-    """One DeSAM training step (vit_tiny, whole box and points): glibc's defaults, freed memory kept, bfloat16 besides."""
+    """One DeSAM training step (vit_tiny, box and points): glibc's defaults, freed memory kept, bfloat16 besides."""
     import torch
 
     from nnunet_dgplugins.system import keep_freed_memory
@@ -92,7 +92,7 @@ def steps_rows(repeats: int = 7, batch: int = 8) -> list[Row]:
     return rows
 
 
-def training_step(model_name: str, prompt: str, batch: int, device):  # noqa: ANN001, ANN201
+def training_step(model_name: str, prompt: str, batch: int, device):
     """Return a function that makes one optimiser step of the decoder on random features."""
     import torch
 
@@ -112,7 +112,7 @@ def training_step(model_name: str, prompt: str, batch: int, device):  # noqa: AN
     xy = torch.rand(batch, 1, 2, device=device) * model.image_size
     flags = torch.ones(batch, 1, device=device)
 
-    def step(dtype):  # noqa: ANN001, ANN202
+    def step(dtype):
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             if prompt == "box":
@@ -176,7 +176,8 @@ def gpu_rows(models: tuple[str, ...] = ("vit_b", "vit_h"), batch: int = 8, repea
         peak = torch.cuda.max_memory_allocated() / 2**30
         rows.append((
             f"embed, {name}", f"{1000 / plain:.1f} slices/s (float32, one by one, as published)",
-            f"{1000 / ours:.1f} slices/s (float16, batch {batch})", f"{plain / ours:.1f}x", f"peak {peak:.1f} GiB allocated",
+            f"{1000 / ours:.1f} slices/s (float16, batch {batch})", f"{plain / ours:.1f}x",
+            f"peak {peak:.1f} GiB allocated",
         ))  # fmt: skip
         del encoder, tapped, canvases
         torch.cuda.empty_cache()
@@ -190,7 +191,7 @@ def gpu_rows(models: tuple[str, ...] = ("vit_b", "vit_h"), batch: int = 8, repea
             rows.append((
                 f"train step, {name}, batch {batch}, {prompt}", f"{full:.1f} ms (float32)", f"{half:.1f} ms (AMP)",
                 f"{full / half:.2f}x",
-                f"peak {peak:.1f} GiB allocated with AMP (published for vit_h: 7.8 GB at batch 8); {reserved:.1f} GiB reserved",
+                f"peak {peak:.1f} GiB allocated with AMP (published for vit_h: 7.8 GB), {reserved:.1f} GiB reserved",
             ))  # fmt: skip
             del step
             torch.cuda.empty_cache()
@@ -257,8 +258,8 @@ def write_section(name: str, rows: list[Row], where: str) -> None:
 
 
 _HEAD = (
-    "# Benchmarks\n\nWritten by `python scripts/benchmark.py`. Medians; what is compared ran in turn in one process, with "
-    "the same threads.\nCPU numbers name the allocator setting. Weights are random: they do not change the work.\n"
+    "# Benchmarks\n\nWritten by `python scripts/benchmark.py`. Medians; what is compared ran in turn in one process, "
+    "with the same threads.\nCPU numbers name the allocator setting. Weights are random: they do not change the work.\n"
 )
 
 
