@@ -9,4 +9,6 @@ cd "$(dirname "$0")/.."
 if [ ! -e tests/sample_data ] && [ -d ../shared/data ]; then
   ln -s "$(cd ../shared/data && pwd)" tests/sample_data
 fi
-exec python -m pytest "$@"
+# one test process per core, each with one thread; tests of one file stay together because they share datasets
+export OMP_NUM_THREADS=1
+exec python -m pytest -n "${DGPLUGINS_TEST_WORKERS:-2}" --dist loadfile "$@"

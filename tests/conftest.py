@@ -10,6 +10,8 @@ os.environ.setdefault("nnUNet_n_proc_DA", "0")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 os.environ.setdefault("nnUNet_compile", "f")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# two workers with a thread each are quicker than one worker with two threads, and never fight over cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
