@@ -45,13 +45,15 @@ def train_for(trainer: Any, seconds: float, iterations: int, validation_iteratio
         trainer: a constructed nnU-Net trainer.
         seconds: time for training steps and online validation together.
         iterations: steps per epoch.
-        validation_iterations: online validation steps per epoch.
+        validation_iterations: online validation steps per epoch. Trainers of this package, whose epochs are passes
+            over the data, keep their own numbers of both.
     """
     import torch
 
     trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = iterations, validation_iterations
     trainer.save_every = 1_000_000  # the end state is what counts
     trainer.on_train_start()
+    iterations, validation_iterations = trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch
     trainer.lr_scheduler = TimeSchedule(trainer.optimizer, trainer.initial_lr, seconds)
     steps = 0
     while trainer.lr_scheduler.left() > 0:

@@ -149,6 +149,8 @@ class DGTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         """Log the resolved settings, then do what nnU-Net does."""
         self.print_to_log_file(f"Settings of {type(self).__name__}: {settings.to_dict(self.settings)}")
+        for half_written in Path(self.output_folder).glob(".tmp-*"):  # by a process that was killed while saving
+            half_written.unlink(missing_ok=True)
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
@@ -168,7 +170,7 @@ class DGTrainer(nnUNetTrainer):
         """Do what nnU-Net does, say the time left, and save the newest state, best value included."""
         super().on_epoch_end()
         self._epoch_seconds.append(time.monotonic() - self._epoch_started)
-        left = (self.num_epochs - self.current_epoch) * float(np.median(self._epoch_seconds[-10:]))
+        left = max(0, self.num_epochs - self.current_epoch) * float(np.median(self._epoch_seconds[-10:]))
         self.print_to_log_file(f"Epoch {self.current_epoch}/{self.num_epochs} done, about {_duration(left)} left.")
         if self.current_epoch < self.num_epochs:
             # save_checkpoint counts from the running epoch, which nnU-Net has just advanced

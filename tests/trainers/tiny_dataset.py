@@ -131,7 +131,7 @@ class _ThreadContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def Pool(self, processes: int | None = None) -> ThreadPool:  # noqa: N802 - multiprocessing's name
+    def Pool(self, processes: int | None = None) -> ThreadPool:
         return ThreadPool(processes)
 
 

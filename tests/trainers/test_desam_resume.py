@@ -1,0 +1,148 @@
+"""A training that was killed ends as one that was not; the same seed gives the same weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import World
+
+from nnunet_dgplugins.errors import UserError
+
+LOGGED = ("mean_fg_dice", "ema_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses", "lrs")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same number of threads in every process of a comparison."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def checkpoint(world: World, trainer: str = "DeSAMTrainer", name: str = "final") -> dict[str, Any]:
+    return torch.load(world.model(trainer) / "fold_0" / f"checkpoint_{name}.pth", weights_only=False)
+
+
+def interrupt(world: World, trainer: str, moment: str) -> None:
+    """Train in another process until it kills itself."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "interrupted.py"), str(world.number), trainer, moment],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def resume(world: World, trainer: str = "DeSAMTrainer") -> Any:
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    built = world.construct(trainer, continues=True)
+    maybe_load_checkpoint(built, True, False)
+    built.run_training()
+    return built
+
+
+def stop_after(world: World, epochs: int) -> None:
+    """Train in this process for some of the epochs."""
+    built = world.construct()
+    ended = built.on_epoch_end
+
+    def end() -> None:
+        ended()
+        if built.current_epoch == epochs:
+            raise KeyboardInterrupt
+
+    built.on_epoch_end = end
+    with pytest.raises(KeyboardInterrupt):
+        built.run_training()
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_training(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for part in ("network_weights", "optimizer_state", "current_epoch", "_best_ema"):
+        assert_same(one[part], other[part], part)
+    for name in LOGGED:
+        assert_same(list(one["logging"][name]), list(other["logging"][name]), name)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "moment"),
+    [("DeSAMTrainer", "mid-epoch"), ("DeSAMGridTrainer", "mid-epoch"), ("DeSAMTrainer", "saving")],
+)
+def test_a_killed_training_ends_with_the_same_bits_as_an_uninterrupted_one(world: World, trainer: str, moment: str):
+    world.settings(epochs=4)
+    world.train(trainer)
+    uninterrupted = checkpoint(world, trainer)
+    assert len(set(uninterrupted["logging"]["train_losses"])) == 4
+    world.elsewhere("killed")
+    interrupt(world, trainer, moment)
+    assert checkpoint(world, trainer, "latest")["current_epoch"] == 2
+    resume(world, trainer)
+    assert_same_training(uninterrupted, checkpoint(world, trainer))
+    assert not list((world.model(trainer) / "fold_0").glob(".tmp-*"))
+
+
+def test_a_truncated_latest_checkpoint_gives_way_to_the_newest_readable_one_and_it_is_said(world: World):
+    world.settings(epochs=3)
+    world.train()
+    uninterrupted = checkpoint(world)
+    world.elsewhere("stopped")
+    stop_after(world, 2)
+    latest = world.model() / "fold_0" / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
+    built = resume(world)
+    said = Path(built.log_file).read_text()
+    assert "Cannot read checkpoint_latest.pth" in said
+    assert "continuing from checkpoint_best.pth instead" in said
+    assert_same_training(uninterrupted, checkpoint(world))
+
+
+def test_without_any_readable_checkpoint_the_error_names_them(world: World):
+    world.settings(epochs=2)
+    stop_after(world, 1)
+    for path in (world.model() / "fold_0").glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no readable checkpoint.*checkpoint_latest\.pth.*checkpoint_best\.pth"):
+        resume(world)
+
+
+def test_a_finished_training_that_is_continued_stays_as_it_is(world: World):
+    world.train()
+    before = checkpoint(world)
+    resume(world)
+    assert_same_training(before, checkpoint(world))
+
+
+@pytest.mark.parametrize("trainer", ["DeSAMTrainer", "DeSAMGridTrainer"])
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(world: World, trainer: str):
+    world.train(trainer)
+    first = checkpoint(world, trainer)
+    world.elsewhere("again").train(trainer)
+    assert_same_training(first, checkpoint(world, trainer))
+    world.elsewhere("other").settings(seed=1)
+    world.train(trainer)
+    name = "head.mask_decoder.pimm.seg_outputs.1.weight"
+    assert not torch.equal(first["network_weights"][name], checkpoint(world, trainer)["network_weights"][name])
