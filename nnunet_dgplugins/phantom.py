@@ -94,9 +94,9 @@ SITES: dict[str, Site] = {
         tissue=(0.01, 0.72, 0.26, 0.48, 0.10, 0.70, 0.45, 0.05, 0.60, 0.44, 0.52),
     ),
     "HK": Site(
-        cases=6, pixels=80, spacing=(2.0, 3.6), gamma=1.0, bias=0.15, coil=1.2, noise=0.05, blur=0.6,
-        texture=0.14, scale=250.0,
-        tissue=(0.02, 0.48, 0.30, 0.38, 0.15, 0.75, 0.38, 0.08, 0.58, 0.50, 0.56),
+        cases=6, pixels=80, spacing=(2.0, 3.6), gamma=1.0, bias=0.15, coil=1.2, noise=0.035, blur=0.6,
+        texture=0.10, scale=250.0,
+        tissue=(0.02, 0.56, 0.30, 0.38, 0.12, 0.75, 0.38, 0.08, 0.62, 0.43, 0.54),
     ),
 }  # fmt: skip
 
