@@ -118,10 +118,10 @@ class DeSAMSettings(TrainingSettings):
         minimum=0,
     )
     validation: str = setting(
-        "grid",
-        "Prompts of the source validation that picks checkpoint_best: grid (as deployed) or points (one "
-        "fixed point per slice).",
-        choices=("grid", "points"),
+        "points",
+        "Prompts of the source validation that picks checkpoint_best (grid trainer): points (one fixed point per slice, "
+        "quick) or grid (as deployed).",
+        choices=("points", "grid"),
     )
 
 

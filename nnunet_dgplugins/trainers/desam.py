@@ -24,12 +24,13 @@ from nnunet_dgplugins.methods.desam.network import (
 )
 from nnunet_dgplugins.methods.desam.prompts import fixed_points, sample_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
+from nnunet_dgplugins.sam.batches import AugmentedBatches, StoredBatches
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
-from nnunet_dgplugins.sam.preprocess import content_box, resize_target
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
-from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices, read_view
+from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
+from nnunet_dgplugins.sam.store import EmbeddingStore
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import DeSAMSettings
 from nnunet_dgplugins.system import keep_freed_memory
@@ -149,14 +150,15 @@ class DeSAMTrainer(WholeSliceTrainer):
         )
         val = self._slices(dataset, val_cases)
         batch = chosen.batch_size or self.configuration_manager.batch_size
+        load_train: LoadBatch
         if chosen.online:
-            load_train = self._augmented(dataset, train, views)
+            load_train = AugmentedBatches(train, dataset, views.both, self.network.model.mask_size)
         else:
-            load_train = self._stored(train, train_cases, chosen.augmented_views, views)
-        load_val = self._stored(val, val_cases, 0, None)
+            store = self._store(train_cases, views=chosen.augmented_views, transform=views)
+            load_train = StoredBatches(train, store, self.device)
         loaders = (
             SliceLoader(len(train), load_train, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
-            SliceLoader(len(val), load_val, batch),
+            SliceLoader(len(val), StoredBatches(val, self._store(val_cases), self.device), batch),
         )
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in loaders)
         self.print_to_log_file(
@@ -174,9 +176,8 @@ class DeSAMTrainer(WholeSliceTrainer):
             )
         return found
 
-    def _stored(self, slices: SliceSet, cases: Sequence[str], views: int, transform: SliceViews | None) -> LoadBatch:
-        """Return a function that reads batches from the embedding store."""
-        store = prepare_store(
+    def _store(self, cases: Sequence[str], views: int = 0, transform: SliceViews | None = None) -> EmbeddingStore:
+        return prepare_store(
             folder=Path(self.preprocessed_dataset_folder),
             cases=sorted(cases),
             sam=self.settings.sam,
@@ -187,29 +188,6 @@ class DeSAMTrainer(WholeSliceTrainer):
             transform=transform if views else None,
             say=self.print_to_log_file,
         )
-
-        def load(chosen: np.ndarray, epoch: int) -> dict[str, Any]:
-            keys = [slices.keys[index] for index in chosen]
-            return {
-                "features": store.read_batch(keys, device=self.device),
-                "labels": slices.labels[chosen],
-                "keys": keys,
-            }
-
-        return load
-
-    def _augmented(self, dataset: Any, slices: SliceSet, views: SliceViews) -> LoadBatch:
-        """Return a function that augments the slices of a batch anew in every epoch."""
-
-        def load(chosen: np.ndarray, epoch: int) -> dict[str, Any]:
-            # view 0 is the plain slice
-            keys = [slices.keys[index]._replace(view=epoch + 1) for index in chosen]
-            pairs = [read_view(dataset, key, views.both) for key in keys]
-            size = self.network.model.mask_size
-            labels = torch.stack([resize_target(label, content_box(image), size)[0] for image, label in pairs])
-            return {"images": [image for image, _ in pairs], "labels": labels, "keys": keys}
-
-        return load
 
     def _batch(self, batch: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """Return features, masks and valid pixels of a batch, on the device."""
@@ -276,8 +254,8 @@ class DeSAMTrainer(WholeSliceTrainer):
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the loss's inputs and the logits that are scored."""
-        logits, _ = self.network.head(features)
-        return {"logits": logits}, logits
+        logits = self.network.head.box(features)
+        return {"logits": logits}, self.network.head.finish(logits)
 
     def on_train_end(self) -> None:
         """Write the final checkpoint and stop the loaders."""

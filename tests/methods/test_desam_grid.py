@@ -8,7 +8,8 @@ import torch
 
 from nnunet_dgplugins.methods.desam import prompts
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
-from nnunet_dgplugins.methods.desam.grid import CLOSED, predict_box, predict_grid, select_lazily
+from nnunet_dgplugins.methods.desam.grid import CLOSED, predict_grid, select_lazily
+from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.network import build_prompt_encoder
 from nnunet_dgplugins.methods.desam.selection import SelectionRule, clean, mask_box, select_masks, suppress_border
 
@@ -230,13 +231,14 @@ def test_the_whole_box_is_one_decoder_pass_for_all_slices(setting, monkeypatch):
     decoder, taps, neck, encoder = setting
     taps, neck = [torch.cat([tap, -tap]) for tap in taps], torch.cat([neck, -neck])
     contexts, masks = count_calls(monkeypatch, decoder, "contexts"), count_calls(monkeypatch, decoder, "mask")
-    box = prompts.encode_box(encoder)
-    raw = predict_box(decoder, taps, neck, box)
+    rule = SelectionRule(min_region_area=3000, border=30)
+    head = DeSAMHead(decoder, encoder, "box", rule=rule)
+    raw = head.box([*taps, neck])
     assert (contexts, masks) == ([2], [2])
     assert tuple(raw.shape) == (2, 3, 4 * TOKENS, 4 * TOKENS)
 
-    rule = SelectionRule(min_region_area=3000, border=30)
-    cleaned = predict_box(decoder, taps, neck, box, rule)
+    cleaned, confidence = head([*taps, neck])
+    assert ((confidence >= 0) & (confidence <= 1)).all()
     for b in range(2):
         for k in range(3):
             expected = clean(raw[b, k].numpy() > 0, rule.area_in(raw.shape))[0]

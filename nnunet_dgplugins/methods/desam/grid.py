@@ -1,4 +1,4 @@
-"""Inference with a grid of points or the whole box, without waste.
+"""Inference with a grid of points, without waste.
 
 The published order of work runs nine batches of nine points through the whole decoder. Here the contexts of a slice are
 computed once, the IoU of all points is predicted first, and masks are decoded in descending IoU only until the final
@@ -115,33 +115,6 @@ def score_points(
         passes = (iou[:, : decoder.num_classes].float() > iou_threshold).any(dim=1).tolist()
         embeddings.update({start + i: mask_embedding[i] for i, kept in enumerate(passes) if kept})
     return torch.cat(scores), embeddings
-
-
-@torch.no_grad()
-def predict_box(
-    decoder: DeSAMDecoder,
-    taps: Sequence[Tensor],
-    neck: Tensor,
-    prompts: EncodedPrompts,
-    rule: SelectionRule | None = None,
-) -> Tensor:
-    """Segment B slices with the whole-box prompt: one decoder pass (the released code makes 81 equal ones).
-
-    Args:
-        decoder: trained decoder for K classes.
-        taps: three maps (B, C, g, g), shallow to deep.
-        neck: (B, P, g, g).
-        prompts: the encoded box, once or B times.
-        rule: clean-up and frame to apply to each mask; None: the raw mask.
-
-    Returns:
-        Logits (B, K, 4g, 4g).
-    """
-    sparse = prompts.sparse.expand(len(neck), -1, -1)
-    logits = decoder(taps, neck, sparse, prompts.dense, prompts.dense_pe)[0].float()
-    if rule is None:
-        return logits
-    return torch.stack([torch.stack([finished(one, rule)[0] for one in image]) for image in logits])
 
 
 def finished(logits: Tensor, rule: SelectionRule) -> tuple[Tensor, bool]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
-from nnunet_dgplugins.methods.desam.grid import predict_box, predict_grid
+from nnunet_dgplugins.methods.desam.grid import finished, predict_grid
 from nnunet_dgplugins.methods.desam.prompts import GRID_SIZE, EncodedPrompts, encode_box, encode_points, grid_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
 
@@ -51,6 +51,10 @@ class DeSAMHead(nn.Module):
         """Return raw logits (B, K, 4g, 4g) and IoU predictions (B, max(4, K)) for one point per image, xy (B, 1, 2)."""
         return self._decode(features, encode_points(self.prompt_encoder, xy))
 
+    def finish(self, logits: Tensor) -> Tensor:
+        """Return logits (B, K, H, W) in float32 after the rule's clean-up and frame."""
+        return torch.stack([torch.stack([finished(one, self.rule)[0] for one in image]) for image in logits.float()])
+
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return what is deployed: logits (B, K, 4g, 4g) after selection and clean-up, confidence (B, K) in [0, 1].
@@ -59,9 +63,7 @@ class DeSAMHead(nn.Module):
         head; there it is the Dice the mask expects under its own probabilities.
         """
         if self.prompt == "box":
-            logits = predict_box(
-                self.mask_decoder, features[:-1], features[-1], encode_box(self.prompt_encoder), self.rule
-            )
+            logits = self.finish(self.box(features))
             return logits, expected_dice(logits)
         canvas = int(self.prompt_encoder.input_image_size[0])  # type: ignore[index]
         prompts = encode_points(self.prompt_encoder, grid_points(self.grid_size, (canvas, canvas), canvas))

@@ -90,9 +90,7 @@ def grid_points(n: int, image_hw: tuple[int, int], canvas: int) -> np.ndarray:
     return unit * np.array([int(width * scale + 0.5), int(height * scale + 0.5)], dtype=np.float64)
 
 
-def draw_points(
-    count: int, num_classes: int, generator: np.random.Generator, background_points: int = 1
-) -> PointDraw:
+def draw_points(count: int, num_classes: int, generator: np.random.Generator, background_points: int = 1) -> PointDraw:
     """Draw for ``count`` slices: a class uniformly, on it once for every ``background_points`` off it, a place."""
     return PointDraw(
         class_index=generator.integers(num_classes, size=count),
