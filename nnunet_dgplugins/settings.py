@@ -119,8 +119,8 @@ class DeSAMSettings(TrainingSettings):
     )
     validation: str = setting(
         "points",
-        "Prompts of the source validation that picks checkpoint_best (grid trainer): points (one fixed point per slice, "
-        "quick) or grid (as deployed).",
+        "Prompts of the grid trainer's source validation, which picks checkpoint_best: points (one fixed point per "
+        "slice, quick) or grid (as deployed).",
         choices=("points", "grid"),
     )
 

@@ -1,0 +1,85 @@
+"""advise reads a dataset's JSON files; doctor checks the installation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nnunet_dgplugins.cli.main import cli
+
+
+def _dataset(root: Path, cases: dict[str, dict] | None, source: str | None = None) -> None:
+    folder = root / "nnUNet_raw" / "Dataset520_Test"
+    folder.mkdir(parents=True)
+    content: dict = {
+        "channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1}, "numTraining": 2, "file_ending": ".nii.gz",
+    }  # fmt: skip
+    if cases is not None:
+        content["dgplugins"] = {"format": 1, "source": source, "cases": cases, "protocol": {}}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def _advice() -> dict:
+    done = CliRunner().invoke(cli, ["advise", "520", "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output)
+
+
+def test_a_single_source_dataset_is_what_desam_is_made_for(nnunet_folders: Path):
+    cases = {"a": {"site": "A", "labelled": True}, "b": {"site": "B", "labelled": True}}
+    _dataset(nnunet_folders, cases, source="A")
+    advice = _advice()
+    assert all(item["fits"] for item in advice["trainers"])
+    assert "One source site (A), 1 unseen" in " ".join(advice["trainers"][0]["why"])
+    assert advice["next"] == ["nnUNetv2_plan_and_preprocess -d 520 -c 2d --verify_dataset_integrity"]
+
+
+def test_without_masks_no_trainer_that_reads_masks_fits(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": False, "tags": [1]}})
+    advice = _advice()
+    assert not any(item["fits"] for item in advice["trainers"])
+    assert "image tags: yes" in advice["facts"]
+
+
+def test_without_a_case_table_annotate_is_named(nnunet_folders: Path):
+    _dataset(nnunet_folders, None)
+    assert any("dgplugins annotate" in fact for fact in _advice()["facts"])
+
+
+def test_the_next_command_follows_what_is_there(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": True}}, source="A")
+    preprocessed = nnunet_folders / "nnUNet_preprocessed" / "Dataset520_Test"
+    preprocessed.mkdir()
+    (preprocessed / "nnUNetPlans.json").write_text("{}")
+    assert _advice()["next"] == ["nnUNetv2_train 520 2d 0 -tr DeSAMTrainer"]
+    fold = nnunet_folders / "nnUNet_results" / "Dataset520_Test" / "DeSAMTrainer__nnUNetPlans__2d" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    assert _advice()["next"][1] == "dgplugins evaluate 520 predictions"
+
+
+def test_a_broken_case_table_is_reported_with_every_problem(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": 3, "labelled": True}, "b": {"sites": "B", "labelled": True}})
+    done = CliRunner().invoke(cli, ["advise", "520"])
+    text = str(done.exception)
+    assert "2 problems" in text
+    assert "did you mean 'site'" in text
+
+
+def test_doctor_finds_every_trainer_and_fails_without_the_folders(
+    nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from nnunet_dgplugins.registry import TRAINERS
+
+    done = CliRunner().invoke(cli, ["doctor", "--json"])
+    report = json.loads(done.output)
+    assert done.exit_code == 0, done.output
+    states = {check["what"]: check["state"] for check in report["checks"]}
+    assert all(states[name] == "good" for name in TRAINERS)
+    monkeypatch.delenv("nnUNet_results")
+    failed = CliRunner().invoke(cli, ["doctor", "--json"])
+    assert failed.exit_code == 1
+    assert json.loads(failed.output)["good"] is False
