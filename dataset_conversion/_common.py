@@ -151,10 +151,11 @@ def _recipe(plan: _Plan, case: SourceCase) -> Any:
 
 def _check(plan: _Plan) -> list[Checked]:
     """Return the report of each case, in the plan's order."""
-    from dataset_conversion import _parallel, _volumes
+    from dataset_conversion import _volumes
+    from nnunet_dgplugins import parallel
 
     arguments = [(case, _recipe(plan, case)) for case in plan.cases]
-    return _parallel.run("Checking", _volumes.check_case, arguments, plan.request.jobs)
+    return parallel.run("Checking", _volumes.check_case, arguments, plan.request.jobs)
 
 
 def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
@@ -250,14 +251,15 @@ def _table(plan: _Plan, digest: str) -> CaseTable:
 
 
 def _write(plan: _Plan, reports: list[Checked], test: set[str], folder: Path) -> None:
-    from dataset_conversion import _parallel, _volumes
+    from dataset_conversion import _volumes
+    from nnunet_dgplugins import parallel
 
     arguments = [
         (case, _recipe(plan, case), report, folder, "Ts" if case.name in test else "Tr")
         for case, report in zip(plan.cases, reports, strict=True)
     ]
     try:
-        _parallel.run("Writing", _volumes.write_case, arguments, plan.request.jobs)
+        parallel.run("Writing", _volumes.write_case, arguments, plan.request.jobs)
     except OSError as error:
         raise UserError(f"{folder}: writing stopped ({error}). Run the same command again, it continues.") from error
 

@@ -147,7 +147,7 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"No protocol '{protocol}'{nearest(protocol, PROTOCOLS)}.")
-    from dataset_conversion._parallel import run
+    from nnunet_dgplugins.parallel import run
 
     labels = labels or dataset.folder / "labelsTs"
     truths, guesses = dataset.files(labels), dataset.files(predictions)

@@ -192,9 +192,9 @@ def test_a_killed_conversion_is_invisible_to_nnunet_and_finishes_with_the_same_b
 
 PARALLEL = """
 import sys, time
-from dataset_conversion import _parallel
+from nnunet_dgplugins import parallel
 if __name__ == "__main__":
-    _parallel.run("Waiting", time.sleep, [(600,)] * 4, jobs=2)
+    parallel.run("Waiting", time.sleep, [(600,)] * 4, jobs=2)
 """
 
 
@@ -230,10 +230,10 @@ def test_no_worker_outlives_a_killed_conversion(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_killed_gives_a_sentence_and_not_a_traceback() -> None:
-    from dataset_conversion import _parallel
+    from nnunet_dgplugins import parallel
 
     with pytest.raises(UserError, match="a worker process was killed"):
-        _parallel.run("Dying", os._exit, [(9,), (9,)], jobs=2)
+        parallel.run("Dying", os._exit, [(9,), (9,)], jobs=2)
 
 
 def test_a_full_disk_stops_cleanly_and_a_rerun_continues(

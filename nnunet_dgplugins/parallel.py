@@ -52,8 +52,8 @@ def run(
                 advance()
         except BrokenProcessPool as error:
             raise UserError(
-                f"{what}: a worker process was killed, often for want of memory. Run the same command again, "
-                "it continues where it stopped; --jobs 1 needs the least memory."
+                f"{what}: a worker process was killed, often for want of memory. Run the same command again; "
+                "--jobs 1 needs the least memory."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
