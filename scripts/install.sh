@@ -11,10 +11,14 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 . .venv/bin/activate
-# the stamp holds what was installed, so that a second run is quick and a changed pyproject installs again
-wanted="$(cat pyproject.toml startup/*.* startup/_nnunet_dgplugins_ext/*.py | cksum) ${extra}"
-if [ "$(cat .venv/dgplugins-installed 2>/dev/null)" != "$wanted" ]; then
+# a stamp per extra holds what was installed: a second run is quick, a changed pyproject or start-up file installs again
+wanted="$(cat pyproject.toml startup/*.* startup/_nnunet_dgplugins_ext/*.py | cksum)"
+installed=""
+for stamp in ".venv/dgplugins-installed${extra:+-$extra}" .venv/dgplugins-installed-test; do
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then installed=yes; fi
+done
+if [ -z "$installed" ]; then
   echo "Installing nnunet_dgplugins and nnU-Net into .venv (about 7 GB with PyTorch, a few minutes) ..."
   python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
-  printf '%s' "$wanted" > .venv/dgplugins-installed
+  printf '%s' "$wanted" > ".venv/dgplugins-installed${extra:+-$extra}"
 fi
