@@ -70,6 +70,10 @@ def import_desam(
         read_json(base / "dataset.json"),
         torch.device("cpu"),
     )
+    if built.settings.sam != size:
+        raise UserError(
+            f"{settings.VARIABLE} asks for sam={built.settings.sam}, but {path} is a {size}. Unset {settings.VARIABLE}."
+        )
     if len(built.heads) != 1:
         raise UserError(f"{dataset} has {len(built.heads)} classes; an official DeSAM checkpoint knows one.")
     network = built.build_network_architecture(

@@ -17,9 +17,9 @@ def main(dataset: str, trainer: str, moment: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    import small_models
     from nnunetv2.run.run_training import run_training
 
-    import small_models
     from nnunet_dgplugins import ext
     from nnunet_dgplugins.trainers.desam import DeSAMTrainer
 

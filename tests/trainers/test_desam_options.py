@@ -1,0 +1,194 @@
+"""Each option does what it says; several classes and colours; a loss that is no number stops the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import World
+from tiny_dataset import Recipe
+
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.methods.desam.losses import bce_loss, dice_loss
+from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD, check_channels
+
+TRAINERS = ("DeSAMTrainer", "DeSAMGridTrainer")
+both = pytest.mark.parametrize("trainer", TRAINERS)
+
+
+def shown(world: World, trainer: str = "DeSAMTrainer", **settings: Any) -> set[tuple[str, int]]:
+    """Slices (case, z) that one epoch trains on."""
+    world.settings(iterations_per_epoch=None, **settings)
+    built = world.construct(trainer)
+    seen: set[tuple[str, int]] = set()
+    step = built.train_step
+    built.train_step = lambda batch: seen.update((key.case, key.z) for key in batch["keys"]) or step(batch)
+    built.run_training()
+    return seen
+
+
+def slices_with_organ(world: World, cases: set[str]) -> dict[str, list[int]]:
+    built = world.construct()
+    built.initialize()
+    dataset = built.dataset_class(built.preprocessed_dataset_folder)
+    return {case: np.flatnonzero((dataset.load_case(case)[1][0] > 0).any((1, 2))).tolist() for case in sorted(cases)}
+
+
+def test_an_epoch_is_one_pass_over_all_slices(world: World):
+    seen = shown(world)
+    assert len(seen) == sum(4 + int(case[-1]) % 3 for case in {case for case, _ in seen})
+
+
+def test_foreground_slices_alone_are_trained_on_when_asked_for(world: World):
+    seen = shown(world, train_slices="foreground")
+    organ = slices_with_organ(world, {case for case, _ in seen})
+    assert seen == {(case, z) for case, places in organ.items() for z in places}
+
+
+def test_the_last_slice_with_organ_is_left_out_when_asked_for(world: World):
+    seen = shown(world, train_slices="foreground", drop_last_slice=True)
+    organ = slices_with_organ(world, {case for case, _ in seen})
+    assert seen == {(case, z) for case, places in organ.items() for z in places[:-1]}
+
+
+@both
+def test_border_suppression_clears_a_frame(world: World, trainer: str):
+    world.settings(min_region_area=0)
+    world.train(trainer)
+    plain = world.predict(world.model(trainer))
+    world.elsewhere("framed").settings(min_region_area=0, border_suppression=50)
+    world.train(trainer)
+    framed = world.predict(world.model(trainer))
+    # the frame is that of the small mask; upsampling moves its edge by less than two pixels
+    rows, columns = 36 * 50 // 256 - 2, 40 * 50 // 256 - 2
+    assert any(x[:, :rows].any() or x[:, :, :columns].any() for x in plain)
+    for x in framed:
+        inside = x[:, rows:-rows, columns:-columns].sum()
+        assert inside == x.sum()
+
+
+def test_validation_by_points_never_runs_the_grid_and_by_grid_does(world: World):
+    for choice, expected in (("points", 0), ("grid", 4)):
+        world.elsewhere(choice).settings(validation=choice)
+        built = world.construct("DeSAMGridTrainer")
+        built.initialize()
+        slices = []
+        forward = built.network.head.forward
+        built.network.head.forward = lambda features, f=forward, s=slices: s.append(len(features[-1])) or f(features)
+        built.run_training()
+        assert sum(slices) == expected, choice
+        assert 0 <= built.logger.get_value("mean_fg_dice", 0) <= 1
+
+
+def test_sgd_is_used_when_asked_for(world: World):
+    world.settings(optimizer="sgd", initial_lr=1e-3)
+    built = world.train()
+    assert isinstance(built.optimizer, torch.optim.SGD)
+    assert built.optimizer.defaults["momentum"] == 0.99
+    assert built.optimizer.defaults["weight_decay"] == 0
+
+
+@both
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_the_loss_is_the_one_asked_for(world: World, trainer: str, variant: str):
+    world.settings(loss=variant, iterations_per_epoch=1)
+    built = world.construct(trainer)
+    terms: list[dict[str, torch.Tensor]] = []
+    prompts = []
+    built.initialize()
+    loss = built.loss
+    built.loss = lambda **inputs: prompts.append(inputs) or terms.append(loss(**inputs)) or terms[-1]
+    built.run_training()
+    given, found = prompts[0], terms[0]
+    expected = dice_loss(given["logits"], given["target"])
+    if variant == "paper":
+        expected = expected + bce_loss(given["logits"], given["target"])
+    if trainer == "DeSAMGridTrainer":
+        difference = (given["iou"][:, :1] - given["iou_target"]).detach()
+        expected = expected + (10 * difference.square().mean() if variant == "paper" else difference.abs().mean())
+    torch.testing.assert_close(found["total"], expected)
+
+
+@both
+def test_bfloat16_on_the_cpu_is_used_when_asked_for(world: World, trainer: str):
+    world.settings(cpu_bfloat16=True)
+    built = world.construct(trainer)
+    kinds = set()
+    prompted = built._prompted
+    built._prompted = lambda *inputs: kinds.add((found := prompted(*inputs))["logits"].dtype) or found
+    built.run_training()
+    assert kinds == {torch.bfloat16}
+    assert np.isfinite(built.logger.get_value("train_losses", 0))
+
+
+@both
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_cases(world: World, trainer: str):
+    built = world.construct(trainer)
+    built.initialize()
+    before = {key: value.clone() for key, value in built.network.state_dict().items()}
+    loss = built.loss
+    built.loss = lambda **inputs: {"total": loss(**inputs)["total"] * float("nan")}
+    with pytest.raises(UserError, match=r"the loss is nan at epoch 0, cases case_\d") as caught:
+        built.run_training()
+    assert trainer in str(caught.value)
+    after = built.network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@both
+def test_three_classes_train_and_predict(world: World, trainer: str):
+    world.use(Recipe("Classes", classes=3))
+    built = world.train(trainer)
+    assert built.heads == [(1,), (2,), (3,)]
+    assert len(built.logger.get_value("dice_per_class_or_region", 0)) == 3
+    predictor = world.predictor(world.model(trainer))
+    assert predictor.network.head.mask_decoder.num_classes == 3
+    assert {int(value) for x in world.predict(world.model(trainer)) for value in np.unique(x)} <= {0, 1, 2, 3}
+
+
+def test_more_classes_than_sams_four_iou_columns_train_and_predict(world: World):
+    world.use(Recipe("Many", classes=6))
+    built = world.train("DeSAMGridTrainer")
+    assert built.network.head.mask_decoder.iou_prediction_head.layers[-1].out_features == 6
+    assert len(world.predict(world.model("DeSAMGridTrainer"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "expected"),
+    [
+        (("R", "G", "B"), None, (0, 1, 2)),
+        (("T1", "T2", "FLAIR"), None, (0,)),
+        (("T1", "T2", "FLAIR"), [2, 0, 1], (2, 0, 1)),
+    ],
+)
+def test_channels_are_shown_as_named_or_as_asked_for(
+    world: World, names: tuple[str, ...], asked: list[int] | None, expected: tuple[int, ...]
+):
+    world.use(Recipe("Colours" if names[0] == "R" else "Sequences", channels=names)).settings(channels=asked)
+    built = world.train()
+    assert built.settings.channels == expected
+    assert built.network.channels == expected
+    image = torch.arange(1.0, 9.0).expand(3, 8, 8) ** torch.arange(1.0, 4.0)[:, None, None]
+    canvas = built.network.canvas(image)
+    red, green = (canvas[i] * PIXEL_STD[i] + PIXEL_MEAN[i] for i in (0, 1))
+    assert torch.allclose(red, green, atol=1e-3) == (len(expected) == 1)
+    assert len(world.predict()) == 2
+
+
+def test_a_channel_that_is_not_there_is_refused(world: World):
+    world.settings(channels=[3])
+    with pytest.raises(UserError, match=r"channels=\[3\] cannot be shown to SAM"):
+        world.train()
+    with pytest.raises(UserError):
+        check_channels((0, 1), 3, "here")
+
+
+def test_the_time_left_and_the_settings_are_in_the_log(world: World):
+    world.settings(epochs=2)
+    text = Path(world.train().log_file).read_text()
+    assert "Epoch 1/2 done, about" in text
+    assert "Settings of DeSAMTrainer: {'epochs': 2" in text
+    assert "vit_tiny (untrained)" in text
