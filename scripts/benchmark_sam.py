@@ -2,6 +2,7 @@
 
     python scripts/benchmark_sam.py encoder    vit_b, random weights: seconds per slice, memory, equality (minutes)
     python scripts/benchmark_sam.py store      size, speed and error of what is stored
+    python scripts/benchmark_sam.py formats    the ways of storing that were considered
     python scripts/benchmark_sam.py masks      what rounding does to masks of a trained decoder, real slices
 
 Published (DeSAM's precompute_embeddings.py): four float32 arrays per slice through ``np.savez_compressed``. Real slices
@@ -114,7 +115,8 @@ def encoder_rows(model_name: str = "vit_b", repeats: int = 3) -> list[Row]:
         off = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         note = (
             f"peak of the process {peaks[name]:.2f} GB, plain {peaks[_PLAIN]:.2f} GB; features differ by {off:.0e} of "
-            f"their maximum; bounds {bounds}; {what}, {torch.get_num_threads()} threads, median of {repeats}, {allocator}"
+            f"their maximum; bounds {bounds}; {what}, {torch.get_num_threads()} threads, median of {repeats}, "
+            f"{allocator}"
         )
         label = f"image encoder per slice, {model_name}, {name}"
         ratio = f"{seconds[_PLAIN] / seconds[name]:.2f}x"
@@ -222,6 +224,49 @@ def _storing(model: SamModel, features: list[torch.Tensor], label: str, repeats:
                     f"{verb} one slice, {label}, {mode}", f"{theirs:.3f} s", f"{mine:.4f} s", f"{theirs / mine:.0f}x",
                     f"bound {bound}x; {said}",
                 ))  # fmt: skip
+    return rows
+
+
+def format_rows(model_name: str = "vit_b", repeats: int = 5) -> list[Row]:
+    """Measure the ways of storing that were considered; the published one is float32, zipped."""
+    import blosc2
+
+    model = MODELS[model_name]
+    volume, _, _ = real_volume()
+    (plain,) = _features(model, volume, [len(volume) // 2])
+    scaled, probe = with_outliers(plain), fixed_probe(model)
+
+    def by_float16(level: int) -> Callable[[list[torch.Tensor]], tuple[int, list[torch.Tensor]]]:
+        options = {"typesize": 2, "codec": blosc2.Codec.ZSTD, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+
+        def store(features: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
+            halves = [x.half() for x in features]
+            size = sum(len(blosc2.compress2(x.numpy(), clevel=level, **options)) for x in halves)
+            return size, [x.float() for x in halves]
+
+        return store
+
+    def by_blocks(bits: int, block: int) -> Callable[[list[torch.Tensor]], tuple[int, list[torch.Tensor]]]:
+        def store(features: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
+            packed = [pack(x[0], bits, block) for x in features]
+            return sum(len(p.values) + len(p.scales) for p in packed), [unpack(p)[None] for p in packed]
+
+        return store
+
+    ways = {f"float16, shuffle, zstd {level}": by_float16(level) for level in (1, 3, 5)}
+    ways |= {f"{bits} bits in {b}x{b} blocks": by_blocks(bits, b) for bits in (8, 10, 12) for b in (8, 16, model.grid)}
+    rows = []
+    for name, store in ways.items():
+        seconds = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            size, found = store(plain)
+            seconds.append(time.perf_counter() - begun)
+        outliers = change(probe, scaled, store(scaled)[1]).logits
+        rows.append((
+            name, f"{size / model.raw_bytes:.3f} of float32", f"{100 * change(probe, plain, found).logits:.3f} %",
+            f"{100 * outliers:.3f} %", f"{min(seconds):.3f} s to pack and unpack, {torch.get_num_threads()} threads",
+        ))  # fmt: skip
     return rows
 
 
@@ -340,6 +385,12 @@ def _encoder(model: str, repeats: int) -> None:
 @click.option("--repeats", default=5, show_default=True)
 def _store(models: tuple[str, ...], repeats: int) -> None:
     _show(store_rows(models, repeats))
+
+
+@main.command("formats")
+@click.option("--model", default="vit_b", show_default=True)
+def _formats(model: str) -> None:
+    _show(format_rows(model))
 
 
 @main.command("masks")

@@ -16,7 +16,7 @@ import torch
 from nnunet_dgplugins.errors import UserError
 
 BITS = {"half": 12, "compact": 8}
-_BLOCK = 8
+BLOCK = 8
 _CHANNELS_AT_A_TIME = 64  # 1 MiB of float32 at 64x64 tokens: stays in the processor's cache
 
 
@@ -41,19 +41,20 @@ class Packed:
     scales: bytes
 
 
-def pack(features: torch.Tensor, bits: int) -> Packed:
+def pack(features: torch.Tensor, bits: int, block: int = BLOCK) -> Packed:
     """Compress one feature map; the same numbers give the same bytes, whatever the thread count.
 
     Args:
         features: (C, H, W), any device, any floating type.
-        bits: 8 or 12.
+        bits: up to 14; the store uses 8 and 12.
+        block: side of a block in tokens; a map it does not divide gets the largest that divides both.
 
     Raises:
         UserError: a value is not finite.
     """
     x = features.detach().to("cpu", torch.float32).contiguous()
     channels, height, width = x.shape
-    block = math.gcd(_BLOCK, math.gcd(height, width))
+    block = math.gcd(block, math.gcd(height, width))
     rows, columns = height // block, width // block
     low, high = torch.aminmax(x)
     largest = max(abs(float(low)), abs(float(high)))
