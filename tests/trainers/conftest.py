@@ -68,6 +68,10 @@ class World:
         change(content)
         write_json(self.preprocessed / name, content)
 
+    def plan_again(self, planner: str) -> str:
+        """Add another planner's plans to the test's own dataset; they share the preprocessed data."""
+        return plan(self.number, planner, preprocess=False)
+
     def write_splits(self, folds: list[dict[str, Any]]) -> None:
         """Write the folds of the test's own preprocessed folder."""
         write_json(self.preprocessed / "splits_final.json", folds)
@@ -139,7 +143,7 @@ def shared_datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recip
                     (root / f"nnUNet_{kind}").mkdir(exist_ok=True)
                     patch.setenv(f"nnUNet_{kind}", str(root / f"nnUNet_{kind}"))
                 write_raw(root / "nnUNet_raw", f"Dataset{number}_{recipe.name}", recipe)
-                plan(number, recipe)
+                plan(number)
             made[recipe] = number
         return root, made[recipe]
 

@@ -64,7 +64,8 @@ def test_several_gpus_are_refused(world: World, trainer: str, monkeypatch: pytes
 
 
 def test_resenc_plans_train_and_predict(world: World, trainer: str):
-    world.use(Recipe(planner="nnUNetPlannerResEncM"))
+    world.use(Recipe(), own=True)
+    assert world.plan_again("nnUNetPlannerResEncM") == "nnUNetResEncUNetMPlans"
     world.train(trainer, plans="nnUNetResEncUNetMPlans")
     model = world.model(trainer, plans="nnUNetResEncUNetMPlans")
     assert [x.shape for x in world.predict(model)] == [(6, 36, 40), (4, 36, 40)]

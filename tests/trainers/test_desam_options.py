@@ -167,7 +167,8 @@ def test_more_classes_than_sams_four_iou_columns_train_and_predict(world: World)
 def test_channels_are_shown_as_named_or_as_asked_for(
     world: World, names: tuple[str, ...], asked: list[int] | None, expected: tuple[int, ...]
 ):
-    world.use(Recipe("Colours" if names[0] == "R" else "Sequences", channels=names)).settings(channels=asked)
+    world.use(Recipe("Colours", channels=("R", "G", "B")), own=True).settings(channels=asked)
+    world.edit_json("dataset.json", lambda content: content.update(channel_names=dict(zip("012", names, strict=True))))
     built = world.train()
     assert built.settings.channels == expected
     assert built.network.channels == expected

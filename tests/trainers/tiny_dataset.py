@@ -32,7 +32,6 @@ class Recipe:
         regions: labels are nested regions instead of classes (needs two classes).
         ignore: the left part of every label is the ignore label.
         spacing: x, y, z in mm.
-        planner: nnU-Net's planner; all share the preprocessed data.
     """
 
     name: str = "Tiny"
@@ -42,7 +41,6 @@ class Recipe:
     regions: bool = False
     ignore: bool = False
     spacing: tuple[float, float, float] = (0.6, 0.6, 3.0)
-    planner: str = "ExperimentPlanner"
 
 
 def case_arrays(
@@ -111,17 +109,20 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
     return folder
 
 
-def plan(number: int, recipe: Recipe) -> None:
-    """Plan and preprocess 2d; nnU-Net's three folders are set."""
+def plan(number: int, planner: str = "ExperimentPlanner", preprocess: bool = True) -> str:
+    """Plan, and preprocess 2d; nnU-Net's three folders are set. Returns the name of the plans."""
     import torch
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 
     threads = torch.get_num_threads()
     with threads_for_processes(), variable("nnUNet_n_proc_DA", "1"):
-        api.extract_fingerprints([number], num_processes=1, show_progress_bar=False, verbose=False)
-        plans = api.plan_experiments([number], recipe.planner)
-        api.preprocess([number], plans, ("2d",), (1,), show_progress_bar=False)
+        if preprocess:
+            api.extract_fingerprints([number], num_processes=1, show_progress_bar=False, verbose=False)
+        plans: str = api.plan_experiments([number], planner)
+        if preprocess:
+            api.preprocess([number], plans, ("2d",), (1,), show_progress_bar=False)
     torch.set_num_threads(threads)  # the planner sets it
+    return plans
 
 
 class _ThreadContext:
