@@ -15,7 +15,7 @@ from torch import Tensor
 
 PUBLISHED_MASK_SIZE = 256  # region areas and frames of the released code are pixels of a 256 x 256 mask
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-_LEAST_MAGNITUDE = 1.0  # of a logit whose sign clean-up turned: clear enough to survive a resize
+_TURNED = 1.0  # magnitude of a logit whose sign clean-up turned: clear enough to survive a resize
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,14 @@ def clean(mask: np.ndarray, area: float) -> tuple[np.ndarray, bool]:
 
 
 def with_sign(logits: Tensor, mask: np.ndarray | Tensor) -> Tensor:
-    """Return logits (H, W) that are above 0 exactly where ``mask`` is set; those that already agree stay."""
+    """Return logits (H, W) that are above 0 exactly where ``mask`` is set; those that already agree stay.
+
+    The others become plus or minus one: with several classes a hole filled in one must not outvote the class that the
+    network sees there (the cavity inside a ring of heart muscle is such a hole).
+    """
     wanted = torch.as_tensor(mask, device=logits.device)
-    magnitude = logits.abs().clamp(min=_LEAST_MAGNITUDE)
-    return torch.where((logits > 0) == wanted, logits, torch.where(wanted, magnitude, -magnitude))
+    turned = torch.where(wanted, _TURNED, -_TURNED).to(logits.dtype)
+    return torch.where((logits > 0) == wanted, logits, turned)
 
 
 def suppress_border(mask: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
