@@ -113,11 +113,17 @@ def plan(number: int, planner: str = "ExperimentPlanner", preprocess: bool = Tru
     """Plan, and preprocess 2d; nnU-Net's three folders are set. Returns the name of the plans."""
     import torch
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    class FewVoxels(DatasetFingerprintExtractor):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self.num_foreground_voxels_for_intensitystats = 10_000  # a hundred million, drawn again and again, else
 
     threads = torch.get_num_threads()
     with threads_for_processes(), variable("nnUNet_n_proc_DA", "1"):
         if preprocess:
-            api.extract_fingerprints([number], num_processes=1, show_progress_bar=False, verbose=False)
+            api.extract_fingerprint_dataset(number, FewVoxels, 1, show_progress_bar=False, verbose=False)
         plans: str = api.plan_experiments([number], planner)
         if preprocess:
             api.preprocess([number], plans, ("2d",), (1,), show_progress_bar=False)
@@ -139,12 +145,15 @@ class _ThreadContext:
 @contextmanager
 def threads_for_processes() -> Iterator[None]:
     """Give nnU-Net threads where it asks for spawned processes, each of which would import torch first."""
-    real = multiprocessing.get_context
+    from nnunetv2.utilities import utils
+
+    real, pool = multiprocessing.get_context, utils.Pool
     multiprocessing.get_context = lambda method=None: _ThreadContext(real(method))  # type: ignore[assignment, misc]
+    utils.Pool = ThreadPool
     try:
         yield
     finally:
-        multiprocessing.get_context = real
+        multiprocessing.get_context, utils.Pool = real, pool
 
 
 @contextmanager
