@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from nnunet_dgplugins.data.case_table import CaseTable
-from nnunet_dgplugins.errors import BadInput, Problem, UserError
+from nnunet_dgplugins.data.splits import SEED, SPLITS, check, k_fold
+from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import PREPROCESSED, read_json, write_json
 
-SPLITS = "splits_final.json"
 DEFAULT_FOLDS = 5  # nnU-Net's, made when a dataset has no list
 
 
@@ -38,51 +38,39 @@ def load_fold(
     Args:
         base: preprocessed folder of the dataset, which holds ``splits_final.json``.
         data_folder: preprocessed data of one configuration.
-        fold: fold number, or ``all`` (train and validate on every labelled case).
-        table: case table; its unlabelled cases are left out of ``all`` and of new splits.
+        fold: fold number, or ``all`` (train and validate on every labelled case of the source).
+        table: case table; unlabelled cases and sites other than the source are left out of ``all`` and of new splits.
 
     Raises:
-        BadInput: the fold names cases that are not there or not labelled, or has none.
+        BadInput: the fold names cases that are not there or not labelled, parts a patient, or has none.
         UserError: too few cases for the default folds.
     """
     present = sorted(path.name[: -len(".pkl")] for path in data_folder.glob("*.pkl"))
-    labelled = [name for name in present if table is None or name not in table.cases or table.cases[name].labelled]
+    usable = trainable(present, table)
     if fold == "all":
-        return labelled, labelled, "all labelled cases"
+        return usable, usable, "all labelled cases of the source"
     path = base / SPLITS
     if not path.is_file():
-        write_json(path, _default(labelled, table))
+        write_json(path, _default(usable, table))
     check_fold(base.name, fold)
     split = read_json(path)[int(fold)]
-    train, val = list(split["train"]), list(split["val"])
-    problems = [
-        Problem(f"{path}, fold {fold}, {side}", f"unknown case '{name}'", "a case of imagesTr")
-        for side, names in (("train", train), ("val", val))
-        for name in names
-        if name not in present
-    ]
-    problems += [
-        Problem(f"{path}, fold {fold}, {side}", f"'{name}' is not labelled (case table)", "labelled cases only")
-        for side, names in (("train", train), ("val", val))
-        for name in names
-        if name in present and name not in labelled
-    ]
-    problems += [Problem(f"{path}, fold {fold}", f"'{name}' is in train and val") for name in train if name in val]
-    problems += [
-        Problem(f"{path}, fold {fold}", f"no {side} cases")
-        for side, names in (("train", train), ("val", val))
-        if not names
-    ]
+    problems = check([split], table, present)
     if problems:
-        raise BadInput(f"Fold {fold} cannot be trained", problems)
-    return train, val, str(path)
+        raise BadInput(f"Fold {fold} of {path} cannot be trained", problems)
+    return list(split["train"]), list(split["val"]), str(path)
+
+
+def trainable(names: list[str], table: CaseTable | None) -> list[str]:
+    """Return the labelled cases of the source sites; every labelled case where no source is named."""
+    if table is None:
+        return names
+    labelled = [name for name in names if name not in table.cases or table.cases[name].labelled]
+    return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
 
 
 def _default(labelled: list[str], table: CaseTable | None) -> list[dict[str, list[str]]]:
     if table is not None and any(name in table.cases for name in labelled):
-        from nnunet_dgplugins.data.splits import k_fold
-
-        return k_fold(table, labelled, DEFAULT_FOLDS, seed=12345)
+        return k_fold(table, labelled, DEFAULT_FOLDS, seed=SEED)
     if len(labelled) < DEFAULT_FOLDS:
         raise UserError(
             f"nnU-Net's {DEFAULT_FOLDS} folds need {DEFAULT_FOLDS} cases, there are {len(labelled)}. "
@@ -91,4 +79,4 @@ def _default(labelled: list[str], table: CaseTable | None) -> list[dict[str, lis
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
     # without a table every case is a patient of its own, and nnU-Net's own folds are what users expect
-    return generate_crossval_split(labelled, seed=12345, n_splits=DEFAULT_FOLDS)
+    return generate_crossval_split(labelled, seed=SEED, n_splits=DEFAULT_FOLDS)

@@ -39,6 +39,12 @@ def random_masks(rng: np.random.Generator, points: int, classes: int) -> torch.T
     return torch.from_numpy(logits * magnitude).float()
 
 
+def others(logits: torch.Tensor, k: int) -> np.ndarray | None:
+    """What each decode (N, K, H, W) gives to classes other than k."""
+    masks = np.delete(logits.detach().numpy() > 0, k, axis=1)
+    return masks.any(axis=1) if masks.shape[1] else None
+
+
 def random_scores(rng: np.random.Generator, points: int, classes: int) -> torch.Tensor:
     """Scores with many ties, exact thresholds and now and then something that is no number."""
     if rng.random() < 0.5:
@@ -72,7 +78,7 @@ def test_deciding_early_never_changes_the_selected_mask(seed):
         assert len(decoded) == len(set(decoded))
         assert all((iou[point] > rule.iou_threshold).any() for point in decoded)
         for k in range(classes):
-            kept = select_masks(logits[:, k], iou[:, k], rule)
+            kept = select_masks(logits[:, k], iou[:, k], rule, others(logits, k))
             expected = suppress_border(kept.selected, rule.frame_in(kept.masks.shape))
             np.testing.assert_array_equal(found[k].numpy() > 0, expected)
             assert winners[k] == (kept.points[0] if len(kept.points) else -1)
@@ -187,7 +193,7 @@ def test_the_grid_gives_what_decoding_every_point_gives(setting, area):
     every = torch.cat([decoder.mask(one[None], shared) for one in embeddings])
     found = predict_grid(decoder, taps, neck, prompt, rule, prim_batch=81)
     for k in range(3):
-        kept = select_masks(every[:, k], iou[:, k], rule)
+        kept = select_masks(every[:, k], iou[:, k], rule, others(every, k))
         np.testing.assert_array_equal(found.logits[k].numpy() > 0, kept.selected)
         assert found.points[k] == kept.points[0]
         assert found.iou[k] == iou[kept.points[0], k]
@@ -241,7 +247,7 @@ def test_the_whole_box_is_one_decoder_pass_for_all_slices(setting, monkeypatch):
     assert ((confidence >= 0) & (confidence <= 1)).all()
     for b in range(2):
         for k in range(3):
-            expected = clean(raw[b, k].numpy() > 0, rule.area_in(raw.shape))[0]
+            expected = clean(raw[b, k].numpy() > 0, rule.area_in(raw.shape), others(raw, k)[b])[0]
             expected = suppress_border(expected, rule.frame_in(raw.shape))
             np.testing.assert_array_equal(cleaned[b, k].numpy() > 0, expected)
 

@@ -117,11 +117,20 @@ def score_points(
     return torch.cat(scores), embeddings
 
 
-def finished(logits: Tensor, rule: SelectionRule) -> tuple[Tensor, bool]:
-    """Return logits (H, W) after clean-up and frame, and whether the clean-up counts as a change."""
-    mask = (logits > 0).cpu().numpy()
-    cleaned, changed = clean(mask, rule.area_in(mask.shape)) if rule.min_region_area > 0 else (mask, False)
-    return with_sign(logits, suppress_border(cleaned, rule.frame_in(mask.shape))), changed
+def finished(decoded: Tensor, k: int, rule: SelectionRule) -> tuple[Tensor, bool]:
+    """Return class k's logits (H, W) after clean-up and frame, and whether the clean-up counts as a change.
+
+    Args:
+        decoded: (K, H, W), all classes of one decode.
+        k: the class.
+        rule: area and frame.
+    """
+    masks = (decoded > 0).cpu().numpy()
+    mask, changed = masks[k], False
+    if rule.min_region_area > 0:
+        occupied = np.delete(masks, k, axis=0).any(axis=0) if len(masks) > 1 else None
+        mask, changed = clean(mask, rule.area_in(mask.shape), occupied)
+    return with_sign(decoded[k], suppress_border(mask, rule.frame_in(mask.shape))), changed
 
 
 def select_lazily(
@@ -146,7 +155,7 @@ def select_lazily(
     scores, cache = iou.detach().float().cpu(), _Decodes(decode)
     winners = [_winner(k, scores[:, k], cache, rule, decode_batch) for k in range(scores.shape[1])]
     maps = [
-        torch.full(size, CLOSED) if point < 0 else finished(cache.known[point][k], rule)[0].cpu()
+        torch.full(size, CLOSED) if point < 0 else finished(cache.known[point], k, rule)[0].cpu()
         for k, point in enumerate(winners)
     ]
     return torch.stack(maps), tuple(winners)
@@ -173,14 +182,14 @@ def _winner(k: int, scores: Tensor, cache: _Decodes, rule: SelectionRule, decode
     boxes: list[tuple[int, int, int, int]] = []
     survivors: list[int] = []
     for position, point in enumerate(passing):
-        logits = cache.get(point, passing[position + 1 : position + decode_batch])[k]
-        boxes.append(mask_box((logits > 0).cpu().numpy()))
+        decoded = cache.get(point, passing[position + 1 : position + decode_batch])
+        boxes.append(mask_box((decoded[k] > 0).cpu().numpy()))
         # torchvision decides, as in the reference: boxes kept so far in front of the new one, in descending score
         falling = torch.arange(len(boxes), 0, -1, dtype=torch.float32)
         if len(boxes) - 1 not in non_maximum_suppression(np.array(boxes), falling, rule.nms_threshold):
             boxes.pop()
             continue
         survivors.append(point)
-        if not finished(logits, rule)[1]:
+        if not finished(decoded, k, rule)[1]:
             return point
     return survivors[0] if survivors else -1

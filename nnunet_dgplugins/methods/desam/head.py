@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
-from nnunet_dgplugins.methods.desam.grid import finished, predict_grid
+from nnunet_dgplugins.methods.desam.grid import PRIM_BATCH, finished, predict_grid
 from nnunet_dgplugins.methods.desam.prompts import GRID_SIZE, EncodedPrompts, encode_box, encode_points, grid_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
 
@@ -53,7 +53,9 @@ class DeSAMHead(nn.Module):
 
     def finish(self, logits: Tensor) -> Tensor:
         """Return logits (B, K, H, W) in float32 after the rule's clean-up and frame."""
-        return torch.stack([torch.stack([finished(one, self.rule)[0] for one in image]) for image in logits.float()])
+        return torch.stack(
+            [torch.stack([finished(one, k, self.rule)[0] for k in range(len(one))]) for one in logits.float()]
+        )
 
     @torch.no_grad()
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,9 @@ class DeSAMHead(nn.Module):
                 features[-1][i : i + 1],
                 prompts,
                 self.rule,
+                # a GPU scores all points at once and decodes a few masks ahead; a CPU gains nothing by either
+                prim_batch=len(prompts.sparse) if features[-1].is_cuda else PRIM_BATCH,
+                decode_batch=PRIM_BATCH if features[-1].is_cuda else 1,
             )
             for i in range(len(features[-1]))
         ]

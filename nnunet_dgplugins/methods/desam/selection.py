@@ -64,13 +64,16 @@ class Kept:
         return self.masks[0] if len(self.masks) else np.zeros(self.masks.shape[1:], dtype=bool)
 
 
-def select_masks(logits: Tensor, iou: Tensor, rule: SelectionRule | None = None) -> Kept:
+def select_masks(
+    logits: Tensor, iou: Tensor, rule: SelectionRule | None = None, occupied: np.ndarray | None = None
+) -> Kept:
     """Select among the masks of all points, for one class.
 
     Args:
         logits: (N, H, W) mask logits, one per point.
         iou: (N,) predicted IoU.
         rule: thresholds; default: the published ones.
+        occupied: (N, H, W) bool, see :func:`clean`.
     """
     rule = rule or SelectionRule()
     scores = iou.detach().float().cpu()
@@ -82,7 +85,8 @@ def select_masks(logits: Tensor, iou: Tensor, rule: SelectionRule | None = None)
     masks, area = binary[survivors], rule.area_in(binary.shape)
     order = np.arange(len(survivors))
     if area > 0 and len(survivors):
-        cleaned = [clean(mask, area) for mask in masks]
+        others = [None] * len(masks) if occupied is None else occupied[survivors]
+        cleaned = [clean(mask, area, other) for mask, other in zip(masks, others, strict=True)]
         masks = np.stack([mask for mask, _ in cleaned])
         unchanged = torch.tensor([0.0 if changed else 1.0 for _, changed in cleaned])
         order = non_maximum_suppression(np.array([mask_box(m) for m in masks]), unchanged, rule.nms_threshold)
@@ -107,16 +111,22 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
-def clean(mask: np.ndarray, area: float) -> tuple[np.ndarray, bool]:
+def clean(mask: np.ndarray, area: float, occupied: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
     """Fill holes below ``area`` pixels, then remove islands below it; keep the largest island if all are small.
 
     Regions are 8-connected. A mask counts as changed as soon as one region was small, even where the largest island is
     all there is and no pixel differs: that decides its rank in the second suppression.
 
+    Args:
+        mask: (H, W) bool.
+        area: in pixels of this mask.
+        occupied: (H, W) bool, what the same decode gives to other classes. It is no hole: the cavity inside a ring of
+            heart muscle must not make the ring count as changed. None with one class, as published.
+
     Returns:
         The mask (H, W) and whether it counts as changed.
     """
-    mask, filled = _fill_small_holes(mask, area)
+    mask, filled = _fill_small_holes(mask, area, occupied)
     mask, removed = _remove_small_islands(mask, area)
     return mask, filled or removed
 
@@ -149,12 +159,13 @@ def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return regions, np.bincount(regions.ravel(), minlength=count + 1)[1:]
 
 
-def _fill_small_holes(mask: np.ndarray, area: float) -> tuple[np.ndarray, bool]:
-    regions, sizes = _regions(~mask)
+def _fill_small_holes(mask: np.ndarray, area: float, occupied: np.ndarray | None) -> tuple[np.ndarray, bool]:
+    free = ~mask if occupied is None else ~(mask | occupied)
+    regions, sizes = _regions(free)
     small = sizes < area
     if not small.any():
         return mask, False
-    return np.concatenate([[True], small])[regions], True
+    return mask | np.concatenate([[False], small])[regions], True
 
 
 def _remove_small_islands(mask: np.ndarray, area: float) -> tuple[np.ndarray, bool]:
