@@ -28,12 +28,13 @@ def advise(dataset: int | str) -> dict[str, Any]:
     content = read_json(source / "dataset.json")
     table = CaseTable.from_dataset_json(content, str(source / "dataset.json"))
     training = int(content.get("numTraining", 0))
+    mixed = _foreign_sites(raw, content["file_ending"], table)
     return {
         "dataset": name,
         "cases": training,
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
-        "trainers": [_fit(info.name, table) for info in TRAINERS.values()],
+        "trainers": [_fit(info.name, table, mixed) for info in TRAINERS.values()],
         "next": _next(name, number, preprocessed),
     }
 
@@ -62,7 +63,16 @@ def _facts(content: dict[str, Any], table: CaseTable | None) -> list[str]:
     return facts
 
 
-def _fit(name: str, table: CaseTable | None) -> dict[str, Any]:
+def _foreign_sites(raw: Path, ending: str, table: CaseTable | None) -> list[str]:
+    """Return sites of imagesTr that are not the source: planning has seen them, though folds leave them out."""
+    if table is None or not table.sources:
+        return []
+    names = {p.name[: -len(ending) - 5] for p in (raw / "imagesTr").glob(f"*{ending}")}
+    sites = {table.site_of(name) for name in names} - {None}
+    return sorted(str(site) for site in sites if site not in table.sources)
+
+
+def _fit(name: str, table: CaseTable | None, mixed: list[str]) -> dict[str, Any]:
     """Say whether a trainer that learns from masks fits, and why."""
     why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
     labelled = table is None or any(case.labelled for case in table.cases.values())
@@ -70,6 +80,11 @@ def _fit(name: str, table: CaseTable | None) -> dict[str, Any]:
         return {"name": name, "fits": False, "why": [*why, "No case has masks."]}
     if table is None:
         why.append("Trains on any dataset with masks; without a case table results cannot be told apart by site.")
+    elif mixed:
+        why.append(
+            f"imagesTr holds {', '.join(mixed)} beside the source {', '.join(table.sources)}: folds leave them out, "
+            "but planning saw them. `dgplugins splits --single-source SITE --as-dataset ID` makes a clean dataset."
+        )
     elif len(table.sources) == 1 and len(table.sites()) > 1:
         why.append(
             f"One source site ({table.sources[0]}), {len(table.sites()) - 1} unseen: what the method is made for."

@@ -94,7 +94,9 @@ class DeSAMSettings(TrainingSettings):
         choices=("auto", "half", "compact"),
     )
     augmented_views: int = setting(0, "Stored augmented views per slice beside the plain one.", minimum=0)
-    online: bool = setting(False, "Run the encoder in the training step, with nnU-Net's augmentation; no store.")
+    online: bool = setting(
+        False, "Run the encoder in the training step, with nnU-Net's augmentation; only validation slices are stored."
+    )
     optimizer: str = setting(
         "adam", "adam, or sgd with momentum 0.99; no weight decay.", "released scripts", choices=("adam", "sgd")
     )
@@ -127,8 +129,7 @@ class DeSAMSettings(TrainingSettings):
 
 def settings_class(name: str) -> type[TrainingSettings]:
     """Return the settings class called ``name``."""
-    found: type[TrainingSettings] = globals()[name]
-    return found
+    return {cls.__name__: cls for cls in (DeSAMSettings,)}[name]
 
 
 def configuration_block(plans: Mapping[str, Any], configuration: str, trainer: str) -> dict[str, Any]:

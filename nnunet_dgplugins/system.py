@@ -8,7 +8,8 @@ import platform
 
 # numbers of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
-_DEFAULTS = {_M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 128 << 10, _M_MMAP_MAX: 65536}
+# glibc moves its thresholds up as large blocks are freed; this is where they end, and setting any stops the moving
+_DEFAULTS = {_M_TRIM_THRESHOLD: 64 << 20, _M_TOP_PAD: 128 << 10, _M_MMAP_THRESHOLD: 32 << 20, _M_MMAP_MAX: 65536}
 _KEEP = {_M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 << 20}
 _LARGE = 1 << 30  # blocks above this still come from, and go back to, the kernel
 

@@ -34,6 +34,13 @@ mkdir -p "$nnUNet_raw" "$nnUNet_preprocessed" "$nnUNet_results"
 export nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
 [ -n "$device" ] || device="$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')"
 
+# the marks of finished steps belong to these options: other options in the same folder are refused, not mixed
+options="data=$data source=$source_site device=$device"
+if [ -e "$out/options" ] && [ "$(cat "$out/options")" != "$options" ]; then
+  echo "$out was made with $(cat "$out/options"); now $options. Give another --out, or remove the folder." >&2; exit 2
+fi
+printf '%s' "$options" > "$out/options"
+
 step() { # step NAME COMMAND...: run once, remember that it ended well
   local name="$1"; shift
   if [ -e "$out/done/$name" ]; then echo "== $name: done before"; return; fi

@@ -6,9 +6,9 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (
   echo "Python 3.10 to 3.13 is needed; found: $("$python" --version 2>&1). Set PYTHON=/path/to/python3." >&2
   exit 1
 fi
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
   echo "Making .venv ..."
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
 fi
 . .venv/bin/activate
 # a stamp per extra holds what was installed: a second run is quick, a changed pyproject or start-up file installs again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -46,7 +47,8 @@ def command(
     if "__" in output:
         raise click.BadParameter("a plans name has no '__' in it: nnU-Net splits folder names there", param_hint="-o")
     asked = {}
-    for text in [*(word for value in values for word in value.split()), *more]:
+    # several in one --set are told apart at blanks before NAME=, so that a value may hold blanks
+    for text in [*(word for value in values for word in re.split(r"\s+(?=\w+=)", value.strip())), *more]:
         name, mark, value = text.partition("=")
         if not mark:
             raise click.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--set")

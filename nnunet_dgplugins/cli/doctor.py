@@ -107,15 +107,15 @@ def _accelerator() -> list[dict[str, Any]]:
 
 
 def _sam_files() -> list[dict[str, Any]]:
-    from nnunet_dgplugins.sam.models import MODELS
+    from nnunet_dgplugins.sam.models import MODELS, locate
 
     folder = os.environ.get("DGPLUGINS_SAM_DIR")
     checks = [_check("DGPLUGINS_SAM_DIR", "good" if folder else "note", folder or "not set: vit_tiny is used")]
     for model in MODELS.values():
         if not model.file:
             checks.append(_check(model.name, "good", model.note))
-        elif folder and (Path(folder) / model.file).is_file():
-            checks.append(_check(model.name, "good", str(Path(folder) / model.file)))
+        elif found := locate(model.file):
+            checks.append(_check(model.name, "good", str(found)))
         else:
             checks.append(_check(model.name, "note", "no file", f"{model.url} -> DGPLUGINS_SAM_DIR"))
     return checks

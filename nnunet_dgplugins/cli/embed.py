@@ -25,7 +25,11 @@ from nnunet_dgplugins.cli.options import configuration_option, plans_option, tra
 @click.option("--num-parts", default=1, show_default=True, help="Number of shares.")
 @click.option("--verify", is_flag=True, help="Read every entry completely and compute damaged ones again.")
 @click.option("--device", default=None, help="cuda, cuda:1, cpu or mps. Default: cuda if there is one.")
-@click.option("--bfloat16", is_flag=True, help="On the CPU: bfloat16 products, faster where the processor has them.")
+@click.option(
+    "--bfloat16/--float32",
+    default=None,
+    help="Products on the CPU; default: the trainer's setting cpu_bfloat16. The trainer reads what its setting names.",
+)
 @click.option("--keep-freed-memory/--give-back-memory", default=True, show_default=True, help="CPU allocator (glibc).")
 def command(
     dataset: str,
@@ -38,7 +42,7 @@ def command(
     num_parts: int,
     verify: bool,
     device: str | None,
-    bfloat16: bool,
+    bfloat16: bool | None,
     keep_freed_memory: bool,
 ) -> None:
     """Compute the image embeddings of DATASET that a SAM trainer reads.
@@ -51,12 +55,14 @@ def command(
     from nnunet_dgplugins.files import PREPROCESSED, dataset_name, nnunet_folder
 
     base = nnunet_folder(PREPROCESSED) / dataset_name(dataset)
-    chosen, folder = _chosen(base, plans, configuration, trainer)
+    chosen, folder, masked = _chosen(base, plans, configuration, trainer)
 
     import torch
 
     from nnunet_dgplugins.sam.embed import prepare_store, preprocessed_cases
+    from nnunet_dgplugins.trainers.views import SliceViews
 
+    bfloat16 = chosen.cpu_bfloat16 if bfloat16 is None else bfloat16
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cpu" and keep_freed_memory:
         click.echo(f"CPU memory: {system.keep_freed_memory()}")
@@ -68,6 +74,8 @@ def command(
         mode=mode or chosen.store,
         device=target,
         dtype=torch.bfloat16 if bfloat16 else None,
+        views=chosen.augmented_views,
+        transform=SliceViews(chosen.seed, masked) if chosen.augmented_views else None,
         part=part_id,
         num_parts=num_parts,
         verify=verify,
@@ -75,8 +83,9 @@ def command(
     )
 
 
-def _chosen(base: Path, plans: str, configuration: str, trainer: str) -> tuple[Any, Path]:
-    """Return the trainer's settings for this dataset, completed as the trainer does, and the preprocessed data folder.
+def _chosen(base: Path, plans: str, configuration: str, trainer: str) -> tuple[Any, Path, list[bool]]:
+    """Return the trainer's settings for this dataset, completed as the trainer does, the preprocessed data
+    folder, and per channel whether nnU-Net normalised it within a mask.
 
     Raises:
         UserError: no such plans or configuration, or the trainer has no SAM encoder.
@@ -98,12 +107,11 @@ def _chosen(base: Path, plans: str, configuration: str, trainer: str) -> tuple[A
     resolved: Any = settings.resolve(cls, content, configuration, trainer)
     trainer_class: Any = load_trainer(trainer)
     resolved = trainer_class.complete_settings(resolved, {}, read_json(base / "dataset.json"))
-    return resolved, base / _data_identifier(content, configuration)
+    masked = list(_inherited(content, configuration, "use_mask_for_norm")) if resolved.augmented_views else []
+    return resolved, base / str(_inherited(content, configuration, "data_identifier")), masked
 
 
-def _data_identifier(plans: dict[str, Any], configuration: str) -> str:
-    """Return the name of the preprocessed data folder; a configuration without one uses its parent's."""
+def _inherited(plans: dict[str, Any], configuration: str, key: str) -> Any:
+    """Return a value of a configuration; one that lacks it uses its parent's."""
     block = plans["configurations"][configuration]
-    if "data_identifier" in block:
-        return str(block["data_identifier"])
-    return _data_identifier(plans, block["inherits_from"])
+    return block[key] if key in block else _inherited(plans, block["inherits_from"], key)

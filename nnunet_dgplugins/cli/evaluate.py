@@ -36,10 +36,13 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--per-case", is_flag=True, help="Print every case, however many.")
 @click.option("--no-labels", is_flag=True, help="Rank the cases by the method's own doubt; labels are not needed.")
-@click.option("--model", type=_FOLDER, help="Trained model folder, to write the doubt file if it is missing.")
+@click.option("--model", type=_FOLDER, help="Trained model folder: ask for its doubt, keep the answer.")
 @click.option(
     "--images", type=_FOLDER, help="Images of the predictions, for --model; default: imagesTs of the dataset."
 )
+@click.option("-f", "fold", default="0", show_default=True, help="Fold of --model, a number or all.")
+@click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of --model.")
+@click.option("--device", help="Where --model runs. Default: cuda if there is one.")
 @click.option("--overlays", type=click.Path(file_okay=False, path_type=Path), help="Write one PNG per case.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
 def command(
@@ -53,6 +56,9 @@ def command(
     per_case: bool,
     no_labels: bool,
     model: Path | None,
+    fold: str,
+    checkpoint: str,
+    device: str | None,
     images: Path | None,
     overlays: Path | None,
     jobs: int,
@@ -69,7 +75,14 @@ def command(
         raise click.UsageError("--images is for --model: give the model folder too.")
     data = Dataset.load(dataset)
     if model:
-        _write_doubt(data, predictions, model, images)
+        import contextlib
+        import sys
+
+        from nnunet_dgplugins.trainers.doubt import write_doubt
+
+        chosen = fold if fold == "all" else int(fold)
+        with contextlib.redirect_stdout(sys.stderr):  # nnU-Net prints, and --json promises nothing else
+            write_doubt(model, images or data.folder / "imagesTs", predictions, chosen, checkpoint, device)
     if no_labels:
         _rank(data, predictions, labels, as_json, jobs)
         return
@@ -133,13 +146,3 @@ def _doubt_beside(result: Evaluation) -> tuple[list[Doubt], Correlation | None]:
         return [], None
     doubts = doubt.read_doubt(result.predictions)
     return doubts, doubt.rank_correlation(doubts, result.table)
-
-
-def _write_doubt(data: Dataset, predictions: Path, model: Path, images: Path | None) -> None:
-    from nnunet_dgplugins.evaluation.doubt import FILE
-
-    if (predictions / FILE).is_file():
-        return
-    from nnunet_dgplugins.trainers.doubt import write_doubt
-
-    write_doubt(model, images or data.folder / "imagesTs", predictions)

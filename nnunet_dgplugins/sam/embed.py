@@ -73,7 +73,7 @@ def prepare_store(
         channels: one input channel or three.
         mode: ``half``, ``compact`` or ``auto`` (measured once on the dataset's own slices, then remembered).
         device: where the encoder runs.
-        dtype: precision of the encoder's products; None: half on CUDA, float32 on the CPU.
+        dtype: precision of the encoder's products on the CPU, kept apart from the default float32.
         encoder: an encoder already at hand, used instead of loading one.
         part: which share of the cases to compute, from 0.
         num_parts: number of shares.
@@ -96,6 +96,8 @@ def prepare_store(
     if mode == AUTO:
         mode = _remembered_mode(work, known, probe or fixed_probe(model), say)
     target = store_folder(folder, model, known, mode, channels)
+    if encoder.dtype is not None and torch.device(device).type != "cuda":
+        target = target.with_name(f"{target.name}__{str(encoder.dtype).removeprefix('torch.')}")
     store = EmbeddingStore(target, model, mode, known, tuple(channels), transform.name if transform and views else "")
     work.store = store
     store.repair = work.repair

@@ -30,7 +30,7 @@ class FrozenEncoder(nn.Module):
 
     Args:
         model: sizes and origin, or a name for :func:`nnunet_dgplugins.sam.models.get_model`.
-        dtype: precision of the encoder's matrix products; None: half on CUDA, else float32.
+        dtype: precision of the encoder's matrix products on the CPU; None: float32. CUDA always takes half.
 
     Example:
         >>> encoder = FrozenEncoder("vit_tiny")
@@ -95,7 +95,7 @@ class FrozenEncoder(nn.Module):
         encoder = self._held[0]
         if encoder.image_encoder.neck[0].weight.device != canvas.device:
             encoder.to(canvas.device)
-        encoder.dtype = self.dtype or (torch.float16 if canvas.is_cuda else torch.float32)
+        encoder.dtype = torch.float16 if canvas.is_cuda else self.dtype or torch.float32
         with torch.autocast(canvas.device.type, enabled=False):  # the encoder chooses its own precision
             found: list[torch.Tensor] = encoder(canvas.float())
         return found

@@ -18,6 +18,7 @@ from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
 from nnunet_dgplugins.files import RESULTS, read_json, replacing
 from nnunet_dgplugins.system import keep_freed_memory
+from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 
@@ -200,10 +201,9 @@ class DGTrainer(nnUNetTrainer):
         complaints = []
         for candidate in candidates:
             try:
-                # upstream's own loader reads these files without safe mode; the file is the user's own training
-                torch.load(candidate, map_location="cpu", weights_only=False, mmap=True)
-            except (RuntimeError, EOFError, OSError, ValueError) as error:
-                complaints.append(f"{candidate.name} ({type(error).__name__})")
+                read_checkpoint(candidate)
+            except UserError as error:
+                complaints.append(f"{candidate.name} ({type(error.__cause__ or error).__name__})")
                 continue
             if complaints:
                 self.print_to_log_file(

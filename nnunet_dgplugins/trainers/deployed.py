@@ -89,13 +89,14 @@ def import_desam(
     own.update({f"image_encoder.{key}": value.half() for key, value in given.items()})
     own.update({f"head.{key}": value for key, value in state.items() if not key.startswith("image_encoder.")})
     network.load_state_dict(own)
+    # the checkpoint last: a model folder that has one is complete
+    write_json(folder / "plans.json", built.plans_manager.plans)
+    write_json(folder / "dataset.json", built.dataset_json)
     write_checkpoint(target, {
         "network_weights": network.state_dict(), "optimizer_state": {}, "grad_scaler_state": None, "logging": {},
         "_best_ema": None, "current_epoch": 0, "init_args": {"configuration": configuration, "fold": fold},
         "trainer_name": trainer, "inference_allowed_mirroring_axes": None,
     })  # fmt: skip
-    write_json(folder / "plans.json", built.plans_manager.plans)
-    write_json(folder / "dataset.json", built.dataset_json)
     print(f"{target}: {size} with its own encoder.")
     return folder
 

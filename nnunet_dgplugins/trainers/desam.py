@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,13 @@ class DeSAMTrainer(WholeSliceTrainer):
         )
         prompt_encoder = build_prompt_encoder(model.prompt_dim, model.grid, model.image_size)
         head = DeSAMHead(decoder, prompt_encoder, cls.prompt, chosen.grid_size, rule)
-        return SliceSegmenter(model, FrozenEncoder(model), head, chosen.channels or (0,), background=not regions)
+        return SliceSegmenter(
+            model,
+            FrozenEncoder(model, torch.bfloat16 if chosen.cpu_bfloat16 else None),
+            head,
+            chosen.channels or (0,),
+            background=not regions,
+        )
 
     def initialize(self) -> None:
         """Build the network, then give it SAM's weights; a checkpoint loaded later replaces the decoder's."""
@@ -160,6 +167,8 @@ class DeSAMTrainer(WholeSliceTrainer):
             SliceLoader(len(train), load_train, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
             SliceLoader(len(val), StoredBatches(val, self._store(val_cases), self.device), batch),
         )
+        if not chosen.online:
+            self.network.image_encoder.release()
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in loaders)
         self.print_to_log_file(
             f"{len(train)} training slices, {len(val)} validation slices, {loaders[0].steps} steps per epoch."
@@ -184,6 +193,8 @@ class DeSAMTrainer(WholeSliceTrainer):
             channels=self.settings.channels or (0,),
             mode=self.settings.store,
             device=self.device,
+            # the network's own: one encoder in memory, and never another one than the checkpoint knows
+            encoder=self.network.image_encoder,
             views=views,
             transform=transform if views else None,
             say=self.print_to_log_file,
@@ -288,7 +299,7 @@ class DeSAMGridTrainer(DeSAMTrainer):
     def _validated(
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None, batch: dict[str, Any]
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        seeds = [key.z for key in batch["keys"]]
+        seeds = [zlib.crc32(f"{key.case} {key.z}".encode()) for key in batch["keys"]]
         points = fixed_points(
             target.cpu(), seeds, self.network.model.image_size, None if valid is None else valid.cpu()
         )

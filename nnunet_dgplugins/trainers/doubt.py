@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ def write_doubt(
     model_folder: Path,
     images: Path,
     predictions: Path,
-    folds: Sequence[int | str] = (0,),
-    device: torch.device | str = "cpu",
+    fold: int | str = 0,
+    checkpoint: str = "checkpoint_final.pth",
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
     """Ask a model how sure it was of each case and write ``dgplugins_doubt.json`` beside its predictions.
@@ -32,13 +34,19 @@ def write_doubt(
         model_folder: ``<Trainer>__<plans>__<configuration>``.
         images: folder of the images that were predicted, nnU-Net's names.
         predictions: folder of the predictions; cases are those found here.
-        folds: the first one is asked.
-        device: where the network runs.
+        fold: fold that is asked, a number or ``all``.
+        checkpoint: file in the fold's folder.
+        device: where the network runs; None: CUDA if there is one.
         progress: show a bar on a terminal.
     """
     import tqdm
 
-    predictor = _predictor(model_folder, folds, torch.device(device))
+    path = model_folder / f"fold_{fold}" / checkpoint
+    if not path.is_file():
+        there = ", ".join(sorted(p.parent.name for p in model_folder.glob(f"fold_*/{checkpoint}"))) or "none"
+        raise UserError(f"{path}: no such checkpoint; folds with a {checkpoint}: {there}.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    predictor = _predictor(model_folder, fold, checkpoint, device)
     network, configuration = predictor.network, predictor.configuration_manager
     if not hasattr(network, "segment"):
         raise UserError(f"{model_folder}: this trainer's network says nothing about its doubt.")
@@ -51,13 +59,14 @@ def write_doubt(
         raise UserError(f"{predictions}: no predictions (*{ending}) in it.")
     found: dict[str, Any] = {}
     for case in tqdm.tqdm(cases, disable=None if progress else True, desc="doubt"):
-        files = sorted(str(p) for p in images.glob(f"{case}_*{ending}"))
+        name = re.compile(re.escape(case) + r"_\d{4}" + re.escape(ending))  # p1 is not p1_2
+        files = sorted(str(p) for p in images.iterdir() if name.fullmatch(p.name))
         if not files:
             raise UserError(f"{images}: no image of case {case}.")
         data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
             files, None, predictor.plans_manager, configuration, predictor.dataset_json
         )
-        found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, torch.device(device))
+        found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, device)
         found[case]["slices"] = _in_reader_order(
             found[case]["slices"], properties, predictor.plans_manager.transpose_forward
         )
@@ -93,9 +102,9 @@ def _in_reader_order(doubts: list[float], properties: dict[str, Any], transposed
     return [None] * before + doubts + [None] * after
 
 
-def _predictor(model_folder: Path, folds: Sequence[int | str], device: torch.device) -> Any:
+def _predictor(model_folder: Path, fold: int | str, checkpoint: str, device: torch.device) -> Any:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=False, verbose=False, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), "checkpoint_final.pth")
+    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), checkpoint)
     return predictor

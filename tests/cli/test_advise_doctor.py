@@ -15,8 +15,11 @@ def _dataset(root: Path, cases: dict[str, dict] | None, source: str | None = Non
     folder = root / "nnUNet_raw" / "Dataset520_Test"
     folder.mkdir(parents=True)
     content: dict = {
-        "channel_names": {"0": "T2"}, "labels": {"background": 0, "prostate": 1}, "numTraining": 2, "file_ending": ".nii.gz",
-    }  # fmt: skip
+        "channel_names": {"0": "T2"},
+        "labels": {"background": 0, "prostate": 1},
+        "numTraining": 2,
+        "file_ending": ".nii.gz",
+    }
     if cases is not None:
         content["dgplugins"] = {"format": 1, "source": source, "cases": cases, "protocol": {}}
     (folder / "dataset.json").write_text(json.dumps(content))

@@ -152,15 +152,15 @@ def test_doubt_beside_the_predictions_is_correlated_in_a_normal_evaluation(nnune
     assert content["doubt"]["rank_correlation_with_dice"]["n"] == 6
 
 
-def test_a_model_writes_the_doubt_file_only_if_it_is_missing(
+def test_a_model_that_is_named_is_asked_for_its_doubt_every_time(
     nnunet_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import types
 
     calls = []
 
-    def write_doubt(model: Path, images: Path, predictions: Path) -> None:
-        calls.append((model.name, images.name))
+    def write_doubt(model: Path, images: Path, predictions: Path, fold, checkpoint: str, device: str | None) -> None:
+        calls.append((model.name, images.name, fold, checkpoint))
         _doubt(predictions)
 
     module = types.ModuleType("nnunet_dgplugins.trainers.doubt")
@@ -168,9 +168,13 @@ def test_a_model_writes_the_doubt_file_only_if_it_is_missing(
     monkeypatch.setitem(sys.modules, "nnunet_dgplugins.trainers.doubt", module)
     predictions = make(nnunet_folders)
     (tmp_path / "model").mkdir()
-    for _ in range(2):
-        assert _run(501, predictions, "--no-labels", "--model", tmp_path / "model", "--jobs", 1).exit_code == 0
-    assert calls == [("model", "imagesTs")]
+    for options in ([], ["-f", "all", "-chk", "checkpoint_best.pth"]):
+        done = _run(501, predictions, "--no-labels", "--model", tmp_path / "model", "--jobs", 1, *options)
+        assert done.exit_code == 0, done.output
+    assert calls == [
+        ("model", "imagesTs", 0, "checkpoint_final.pth"),
+        ("model", "imagesTs", "all", "checkpoint_best.pth"),
+    ]
 
 
 def test_overlays_are_written_one_per_case(nnunet_folders: Path, tmp_path: Path):

@@ -128,7 +128,7 @@ def finished(decoded: Tensor, k: int, rule: SelectionRule) -> tuple[Tensor, bool
     masks = (decoded > 0).cpu().numpy()
     mask, changed = masks[k], False
     if rule.min_region_area > 0:
-        occupied = np.delete(masks, k, axis=0).any(axis=0) if len(masks) > 1 else None
+        occupied = np.logical_or.reduce(np.delete(masks, k, axis=0)) if len(masks) > 1 else None
         mask, changed = clean(mask, rule.area_in(mask.shape), occupied)
     return with_sign(decoded[k], suppress_border(mask, rule.frame_in(mask.shape))), changed
 

@@ -1,0 +1,45 @@
+"""Folds as trainers read them: never a target site, never half a patient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nnunet_dgplugins.data.case_table import Case, CaseTable
+from nnunet_dgplugins.data.folds import load_fold
+from nnunet_dgplugins.errors import BadInput
+
+NAMES = [f"{site}{number}" for site in "AB" for number in range(6)]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    data = tmp_path / "Dataset520_Test" / "nnUNetPlans_2d"
+    data.mkdir(parents=True)
+    for name in NAMES:
+        (data / f"{name}.pkl").touch()
+    return data.parent
+
+
+def _table(source: str | None) -> CaseTable:
+    return CaseTable({name: Case(site=name[0], patient=str(int(name[1]) // 2)) for name in NAMES}, source=source)
+
+
+@pytest.mark.parametrize("fold", [0, 2, "all"])
+def test_only_the_source_is_trained_and_validated_on(base: Path, fold: int | str):
+    table = CaseTable({name: Case(site=name[0]) for name in NAMES}, source="A")
+    train, val, _ = load_fold(base, base / "nnUNetPlans_2d", fold, table)
+    assert {name[0] for name in train + val} == {"A"}
+
+
+def test_without_a_source_every_site_is_used(base: Path):
+    train, val, _ = load_fold(base, base / "nnUNetPlans_2d", 0, _table(None))
+    assert {name[0] for name in train + val} == {"A", "B"}
+
+
+def test_a_list_that_parts_a_patient_is_refused(base: Path):
+    (base / "splits_final.json").write_text(json.dumps([{"train": ["A0", "A2"], "val": ["A1"]}]))
+    with pytest.raises(BadInput, match="patient 'A/0' trains and validates"):
+        load_fold(base, base / "nnUNetPlans_2d", 0, _table("A"))
