@@ -26,7 +26,7 @@ keep_freed_memory(sys.argv[1] == "on")
 def faults():
     bytes(bytearray(1)) ; before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        block = bytearray(16 << 20)
+        block = bytearray(48 << 20)
         del block
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
