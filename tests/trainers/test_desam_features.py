@@ -58,9 +58,13 @@ def test_a_cascade_is_refused(world: World, trainer: str):
     assert "cascade" in refused(world, trainer, configuration="2d_second")
 
 
-def test_several_gpus_are_refused(world: World, trainer: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert "one GPU" in refused(world, trainer)
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_several_gpus_are_refused(world: World, trainer: str):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{world.root}/meeting", rank=0, world_size=1)
+    try:
+        assert "one GPU" in refused(world, trainer)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_resenc_plans_train_and_predict(world: World, trainer: str):
