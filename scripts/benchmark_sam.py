@@ -119,8 +119,8 @@ def encoder_rows(model_name: str = "vit_b", repeats: int = 3) -> list[Row]:
         off = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         theirs, mine = seconds[_PLAIN, on], seconds[name, on]
         note = (
-            f"{allocators[on]}; peak of the process {peaks[name]:.2f} GB, plain {peaks[_PLAIN]:.2f} GB; features differ "
-            f"by {off:.0e} of their maximum; bounds {'1.4x, 2.2 GB' if name == 'float32' else '2.2x'}; {what}, "
+            f"{allocators[on]}; peak of the process {peaks[name]:.2f} GB, plain {peaks[_PLAIN]:.2f} GB; features "
+            f"differ by {off:.0e} of their maximum; bounds {'1.4x, 2.2 GB' if name == 'float32' else '2.2x'}; {what}, "
             f"{torch.get_num_threads()} threads, median of {repeats}"
         )
         label = f"image encoder per slice, {model_name}, {name}"
