@@ -10,7 +10,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -143,7 +142,7 @@ def test_hearts_of_an_unseen_site_are_segmented_in_three_classes(shell: Shell, s
     before = content(images, labels)
 
     shell.plan(532)
-    shell("dgplugins configure 532 -tr DeSAMTrainer --set epochs=6 initial_lr=1e-3 -o nnUNetPlansShort")
+    shell("dgplugins configure 532 -tr DeSAMTrainer --set epochs=12 initial_lr=1e-3 -o nnUNetPlansShort")
     embedded = shell("dgplugins embed 532 -p nnUNetPlansShort --device cpu")
     assert "vit_tiny (untrained)" in embedded
     trained = shell("nnUNetv2_train 532 2d 0 -tr DeSAMTrainer -p nnUNetPlansShort -device cpu")
@@ -167,4 +166,63 @@ def test_hearts_of_an_unseen_site_are_segmented_in_three_classes(shell: Shell, s
     assert {row["site"] for row in rows} == {"Odd"}
     assert content(images, labels) == before
 
-    assert dice["mean of classes"] > 0.2
+    # measured 0.59 (with another seed 0.22); empty masks give 0, random ones below 0.02
+    assert dice["mean of classes"] > 0.3
+
+
+# ---------------------------------------------------------------- prostate, a download's tree
+
+
+def write_prostates(root: Path, prostate: Path) -> None:
+    """Write the SAML download's tree with four slabs of one patient: three "cases" of RUNMC, one of UCL.
+
+    Slab k holds every fourth slice from slice k on, with four times the slice distance. Slabs of one patient are no
+    unseen site; they prove the path, and nothing about accuracy.
+    """
+    (image,) = prostate.glob("**/ProstateX-0000*_t2w.nii.gz")
+    (gland,) = prostate.glob("**/whole_gland/AI/Bosma22b/*.nii.gz")
+    (zones,) = prostate.glob("**/zonal_pz_tz/AI/HeviAI23/*.nii.gz")  # RUNMC's labels have zones, UCL's have not
+    for site, number, mask in (("RUNMC", 0, zones), ("RUNMC", 1, zones), ("RUNMC", 2, zones), ("UCL", 3, gland)):
+        (root / site).mkdir(parents=True, exist_ok=True)
+        for name, path in ((f"Case{number:02d}", image), (f"Case{number:02d}_segmentation", mask)):
+            sitk.WriteImage(sitk.ReadImage(path)[:, :, number::4], root / site / f"{name}.nii.gz")
+
+
+def test_real_prostates_go_from_a_download_to_evaluated_masks(shell: Shell, sample_data: Path) -> None:
+    prostate = sample_data / "prostate"
+    write_prostates(shell.root / "Processed_data_nii", prostate)
+    shell("dgplugins convert prostate-saml Processed_data_nii --id 501 --source RUNMC")
+    images = shell.root / "nnUNet_raw" / "Dataset501_ProstateSAML_RUNMC" / "imagesTs"
+    before = content(images, images.with_name("labelsTs"))
+    # another patient, scanner protocol, slice size and spacing, oblique, without a mask
+    other = shell.root / "other"
+    other.mkdir()
+    (stranger,) = prostate.glob("**/ProstateX-0218*_t2w.nii.gz")
+    shutil.copyfile(stranger, other / "ProstateX-0218_0000.nii.gz")
+
+    shell.plan(501)
+    shell("dgplugins embed 501 --device cpu")
+    for trainer in ("DeSAMTrainer", "DeSAMGridTrainer"):
+        short = "epochs=5 iterations_per_epoch=12 batch_size=4 initial_lr=1e-3"
+        shell(f"dgplugins configure 501 -tr {trainer} --set {short} -o nnUNetPlansShort{trainer}")
+        model = f"501 2d 0 -tr {trainer} -p nnUNetPlansShort{trainer}"
+        assert "are complete" in shell(f"nnUNetv2_train {model} -device cpu")
+        model = f"-d 501 -c 2d -f 0 -tr {trainer} -p nnUNetPlansShort{trainer} {ONE_BY_ONE}"
+        shell(f"nnUNetv2_predict -i {images} -o {trainer} {model}")
+        shell(f"nnUNetv2_predict -i other -o {trainer}_other {model}")
+        check_geometry(shell.root / trainer, images, {"UCL_Case03"})
+        check_geometry(shell.root / f"{trainer}_other", other, {"ProstateX-0218"})
+
+        report = json.loads(shell(f"dgplugins evaluate 501 {trainer} --csv {trainer}.csv --json"))
+        dice = mean_dice(report, "UCL")
+        print(f"Dice of {trainer}:", dice)
+        assert (report["source"], report["targets"]) == ("RUNMC", ["UCL"])
+        assert dice["prostate"] > 0.5  # measured: 0.86 box; a random mask below 0.1
+        folder = shell.root / "nnUNet_results" / "Dataset501_ProstateSAML_RUNMC"
+        folder /= f"{trainer}__nnUNetPlansShort{trainer}__2d"
+        doubt = f"dgplugins evaluate 501 {trainer}_other --no-labels --json --model {folder} --images other"
+        (doubtful,) = json.loads(shell(doubt))["ranking"]
+        assert doubtful["case"] == "ProstateX-0218"
+        assert 0 <= doubtful["doubt"] <= 1
+        assert len(doubtful["slices"]) == sitk.ReadImage(stranger).GetSize()[2]
+    assert content(images, images.with_name("labelsTs")) == before
