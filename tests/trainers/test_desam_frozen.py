@@ -144,7 +144,11 @@ def test_a_bundled_model_is_validated_again_and_continued(world: World, sam_file
     world.train()
     bundle(world.model(), say=quiet)
     world.command(only_run_validation=True)
-    assert (world.model() / "fold_0" / "validation" / "summary.json").is_file()
+    summary = world.model() / "fold_0" / "validation" / "summary.json"
+    assert summary.is_file()
+    summary.unlink()
+    world.command(continue_training=True)
+    assert summary.is_file()
 
 
 def test_a_model_without_frozen_parts_cannot_be_bundled(world: World, tmp_path: Path):

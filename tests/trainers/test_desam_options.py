@@ -55,6 +55,61 @@ def test_the_last_slice_with_organ_is_left_out_when_asked_for(world: World):
 
 
 @both
+def test_augmented_views_are_stored_beside_the_plain_slices(world: World, trainer: str):
+    world.use(Recipe(), own=True).settings(augmented_views=2, iterations_per_epoch=None, batch_size=8)
+    built = world.construct(trainer)
+    batches = []
+    step = built.train_step
+    built.train_step = lambda batch: batches.append(batch) or step(batch)
+    built.run_training()
+    views = {key: label for batch in batches for key, label in zip(batch["keys"], batch["labels"], strict=True)}
+    plain = {(key.case, key.z) for key in views}
+    assert {(*place, view) for place in plain for view in range(3)} == set(views)
+    moved = [key for key in views if key.view and not torch.equal(views[key], views[key._replace(view=0)])]
+    assert len(moved) > len(plain)
+
+
+@both
+def test_online_training_augments_anew_in_every_epoch_and_can_be_repeated(world: World, trainer: str):
+    seen = []
+    for attempt in ("first", "second"):
+        world.elsewhere(attempt).settings(online=True, epochs=2, batch_size=3)
+        built = world.construct(trainer)
+        step, batches = built.train_step, []
+        built.train_step = lambda batch, step=step, batches=batches: batches.append(batch) or step(batch)
+        built.run_training()
+        seen.append(batches)
+    first, second = seen
+    assert {key.view for batch in first for key in batch["keys"]} == {
+        1,
+        2,
+    }  # the epoch's own view; 0 is the plain slice
+    for one, other in zip(first, second, strict=True):
+        assert one["keys"] == other["keys"]
+        assert all(torch.equal(a, b) for a, b in zip(one["images"], other["images"], strict=True))
+    assert len(world.predict(world.model(trainer))) == 2
+
+
+def test_background_points_are_as_frequent_as_asked_for(world: World):
+    for wanted in (0, 3):
+        world.elsewhere(f"points{wanted}").settings(
+            background_points=wanted, train_slices="foreground", iterations_per_epoch=30, batch_size=8
+        )
+        built = world.construct("DeSAMGridTrainer")
+        on_class = []
+        at = built._at
+
+        def watched(features: Any, points: Any, at: Any = at, on_class: list[torch.Tensor] = on_class) -> Any:
+            if torch.is_grad_enabled():  # training, not validation
+                on_class.append(points.on_class)
+            return at(features, points)
+
+        built._at = watched
+        built.run_training()
+        assert torch.cat(on_class).mean().item() == pytest.approx(1 / (wanted + 1), abs=0.08)
+
+
+@both
 def test_border_suppression_clears_a_frame(world: World, trainer: str):
     world.settings(min_region_area=0)
     world.train(trainer)
