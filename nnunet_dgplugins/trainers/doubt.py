@@ -48,6 +48,7 @@ def write_doubt(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     predictor = _predictor(model_folder, fold, checkpoint, device)
     network, configuration = predictor.network, predictor.configuration_manager
+    network = getattr(network, "_orig_mod", network)  # with nnUNet_compile the predictor wraps it
     if not hasattr(network, "segment"):
         raise UserError(f"{model_folder}: this trainer's network says nothing about its doubt.")
     network.load_state_dict(predictor.list_of_parameters[0])

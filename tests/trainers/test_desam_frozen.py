@@ -84,6 +84,16 @@ def test_a_checkpoint_holds_of_a_file_models_encoder_only_the_hash(world: World,
     assert hash == load_parts("vit_b").weights_hash
 
 
+def test_a_file_given_by_its_path_is_recognised_and_found_by_name_on_another_machine(world: World, sam_file: Path):
+    own = sam_file.rename(world.root / "my_medsam.pth")
+    world.settings(sam=str(own))
+    built = world.train()
+    assert built.settings.sam == f"vit_b:{own}"
+    before = world.predict()
+    own.rename(sam_file.parent / own.name)  # DGPLUGINS_SAM_DIR names this folder
+    assert all(np.array_equal(a, b) for a, b in zip(before, world.predict(), strict=True))
+
+
 def test_vit_tiny_is_always_inside(world: World):
     world.train()
     assert "image_encoder.patch_embed.proj.weight" in weights(world)

@@ -130,3 +130,27 @@ def test_predictions_come_back_on_the_grid_of_an_oblique_input(world: World):
     for part in ("Origin", "Spacing", "Direction"):
         np.testing.assert_allclose(getattr(found, f"Get{part}")(), getattr(given, f"Get{part}")(), atol=1e-6)
     assert 0 < sitk.GetArrayFromImage(found).mean() < 1
+
+
+def test_volumes_sliced_along_another_axis_train_and_predict_as_axial_ones(world: World):
+    world.train()
+    axial = world.predict()
+    world.elsewhere("sagittal").use(Recipe("Sagittal", sagittal=True)).train()
+    predictor = world.predictor()
+    assert list(predictor.plans_manager.transpose_forward) == [2, 0, 1]
+    for plain, turned in zip(axial, world.predict(), strict=True):
+        np.testing.assert_array_equal(turned.transpose(2, 0, 1), plain)
+
+
+def test_what_nnunet_crops_away_is_background(world: World):
+    world.train()
+    image = case_arrays(Recipe(), 9, (5, 36, 40))[0][0]
+    image[0] = 0
+    image[:, :, :7] = 0
+    path = world.root / "target" / "case_9_0000.nii.gz"
+    write_image(path, image, Recipe().spacing)
+    (found,) = world.predict(files=[[str(path)]])
+    assert found.shape == image.shape
+    assert not found[0].any()
+    assert not found[:, :, :7].any()
+    assert found.any()

@@ -32,6 +32,7 @@ class Recipe:
         regions: labels are nested regions instead of classes (needs two classes).
         ignore: the left part of every label is the ignore label.
         spacing: x, y, z in mm.
+        sagittal: volumes are stored with the slices along x, as sagittal scans are.
     """
 
     name: str = "Tiny"
@@ -41,6 +42,7 @@ class Recipe:
     regions: bool = False
     ignore: bool = False
     spacing: tuple[float, float, float] = (0.6, 0.6, 3.0)
+    sagittal: bool = False
 
 
 def case_arrays(
@@ -87,9 +89,13 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
     for number in range(recipe.cases + 2):
         side = "Tr" if number < recipe.cases else "Ts"
         image, label = case_arrays(recipe, number)
+        spacing = recipe.spacing
+        if recipe.sagittal:
+            image, label = image.transpose(0, 2, 3, 1), label.transpose(1, 2, 0)
+            spacing = (spacing[2], spacing[0], spacing[1])
         for channel, values in enumerate(image):
-            write_image(folder / f"images{side}" / f"case_{number}_{channel:04d}{ENDING}", values, recipe.spacing)
-        write_image(folder / f"labels{side}" / f"case_{number}{ENDING}", label, recipe.spacing)
+            write_image(folder / f"images{side}" / f"case_{number}_{channel:04d}{ENDING}", values, spacing)
+        write_image(folder / f"labels{side}" / f"case_{number}{ENDING}", label, spacing)
     labels: dict[str, Any] = {"background": 0}
     if recipe.regions:
         labels.update(whole=[1, 2], core=[2])
