@@ -58,7 +58,7 @@ def test_an_unknown_case_and_one_on_both_sides_are_reported_together(own: World)
         own.train()
     assert len(caught.value.problems) == 2
     assert "unknown case 'case_77'" in str(caught.value)
-    assert "'case_0' is in train and val" in str(caught.value)
+    assert "'case_0' trains and validates" in str(caught.value)
 
 
 def test_a_fold_without_validation_cases_is_refused(own: World):

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from conftest import World
-from tiny_dataset import Recipe
+from tiny_dataset import Recipe, case_arrays, plan
 
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.methods.desam.losses import bce_loss, dice_loss
 from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD, check_channels
 
@@ -232,6 +234,36 @@ def test_channels_are_shown_as_named_or_as_asked_for(
     red, green = (canvas[i] * PIXEL_STD[i] + PIXEL_MEAN[i] for i in (0, 1))
     assert torch.allclose(red, green, atol=1e-3) == (len(expected) == 1)
     assert len(world.predict()) == 2
+
+
+@both
+def test_colour_pictures_train_validate_and_predict(world: World, trainer: str, monkeypatch: pytest.MonkeyPatch):
+    for kind in ("raw", "preprocessed"):
+        (world.root / f"nnUNet_{kind}").mkdir()
+        monkeypatch.setenv(f"nnUNet_{kind}", str(world.root / f"nnUNet_{kind}"))
+    world.number, world.name = 990, "Dataset990_Pictures"
+    folder = world.root / "nnUNet_raw" / world.name
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for number in range(5):
+        image, label = case_arrays(Recipe(channels=("R", "G", "B")), number)
+        picture = sitk.GetImageFromArray(image[:, 1].transpose(1, 2, 0).clip(0, 255).astype(np.uint8), isVector=True)
+        sitk.WriteImage(picture, str(folder / "imagesTr" / f"photo_{number}_0000.png"))
+        sitk.WriteImage(sitk.GetImageFromArray(label[1]), str(folder / "labelsTr" / f"photo_{number}.png"))
+    write_json(
+        folder / "dataset.json",
+        {
+            "channel_names": {"0": "R", "1": "G", "2": "B"},
+            "labels": {"background": 0, "organ": 1},
+            "numTraining": 5,
+            "file_ending": ".png",
+        },
+    )
+    plan(world.number)
+    world.command(trainer)
+    assert (world.model(trainer) / "fold_0" / "validation" / "summary.json").is_file()
+    (found,) = world.predict(world.model(trainer), [[str(folder / "imagesTr" / "photo_0_0000.png")]])
+    assert found.shape == (1, 36, 40)
 
 
 def test_a_channel_that_is_not_there_is_refused(world: World):
