@@ -62,6 +62,11 @@ step plan env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d 501 -c 2d --ver
 dataset="Dataset501_ProstateSAML_$source_site"
 images="$nnUNet_raw/$dataset/imagesTs"
 
+if [ "$data" = "$out/download" ] && [ -z "${DGPLUGINS_SETTINGS:-}" ]; then
+  # the phantom is small and the encoder untrained: fewer, larger steps than the paper's 50 epochs at 1e-4
+  export DGPLUGINS_SETTINGS="$out/settings.yaml"
+  echo "DeSAMTrainer: {epochs: 20, initial_lr: 0.001}" > "$DGPLUGINS_SETTINGS"
+fi
 step train_desam nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -device "$device"
 minutes="$(python scripts/demo_table.py minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
 step train_stock python -m nnunet_dgplugins.budget 501 2d 0 -tr nnUNetTrainer --minutes "$minutes" -device "$device"
