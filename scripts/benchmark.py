@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 #: what, published order of work (or without), ours (or with), ratio, note
 Row = tuple[str, str, str, str, str]
 TITLES = {
-    "startup": "Start-up file: `python -c pass` without and with it",
+    "startup": "Start-up file (`python -c pass` without and with it) and quick commands",
     "steps": "Training step of the decoder on the CPU: allocator and bfloat16",
     "encoder": "Image encoder on the CPU",
     "store": "Embedding store",
@@ -61,7 +61,19 @@ def startup_rows(repeats: int = 20) -> list[Row]:
                     times[present].append(time.perf_counter() - begun)
     without, with_file = (1000 * statistics.median(times[present]) for present in (False, True))
     note = f"{with_file - without:+.2f} ms; bound 3 ms; median of {repeats} each, in turn"
-    return [("python -c pass", f"{without:.2f} ms", f"{with_file:.2f} ms", f"{with_file / without:.2f}x", note)]
+    rows = [("python -c pass", f"{without:.2f} ms", f"{with_file:.2f} ms", f"{with_file / without:.2f}x", note)]
+    command = Path(sys.executable).parent / "dgplugins"
+    for arguments in (["list"], ["describe", "DeSAMTrainer"], ["--help"], ["convert", "prostate-saml", "--help"]):
+        took = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            subprocess.run([command, *arguments], check=True, capture_output=True)
+            took.append(1000 * (time.perf_counter() - begun))
+        shown = f"{statistics.median(took):.0f} ms"
+        rows.append(
+            (f"dgplugins {' '.join(arguments)}", "-", shown, "-", "bound 300 ms; median of 5; torch is not imported")
+        )
+    return rows
 
 
 _STARTUP_FILES = ("nnunet_dgplugins_autoload.pth", "nnunet_dgplugins_boot.py")
