@@ -54,7 +54,7 @@ def load_fold(
         write_json(path, _default(usable, table))
     check_fold(base.name, fold)
     split = read_json(path)[int(fold)]
-    problems = check([split], table, present)
+    problems = check([split], table, present, first=int(fold))
     if problems:
         raise BadInput(f"Fold {fold} of {path} cannot be trained", problems)
     return list(split["train"]), list(split["val"]), str(path)

@@ -97,17 +97,20 @@ def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9
     return [{"train": labelled[:count], "val": labelled[count:]}]
 
 
-def check(splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str]) -> list[Problem]:
+def check(
+    splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str], first: int = 0
+) -> list[Problem]:
     """Return everything wrong with a list of folds.
 
     Args:
         splits: content of ``splits_final.json``.
         table: case table, None if the dataset has none.
         known_cases: cases of imagesTr.
+        first: number of the first fold of the list.
     """
     known = set(known_cases)
     problems = []
-    for number, split in enumerate(splits):
+    for number, split in enumerate(splits, first):
         at = f"fold {number}"
         for side in ("train", "val"):
             if not split.get(side):

@@ -62,9 +62,9 @@ def test_an_unknown_case_and_one_on_both_sides_are_reported_together(own: World)
 
 
 def test_a_fold_without_validation_cases_is_refused(own: World):
-    own.write_splits([{"train": CASES, "val": []}])
-    with pytest.raises(BadInput, match="no val cases"):
-        own.train()
+    own.write_splits([{"train": CASES[1:], "val": CASES[:1]}, {"train": CASES, "val": []}])
+    with pytest.raises(BadInput, match="fold 1: no val cases"):
+        own.train(fold=1)
 
 
 def test_unlabelled_cases_are_in_no_new_fold_and_never_drawn(own: World):
