@@ -34,7 +34,9 @@ class Shell:
         self.root = root
         # a user sets the three folders and nothing else; how trainers are found is part of what is tested
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet_", "DGPLUGINS_"))}
-        self.environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "2"}
+        self.environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+        # threads that wait for a core by spinning take ten times the processor time beside another test
+        self.environment["OMP_WAIT_POLICY"] = "passive"
         for name in ("raw", "preprocessed", "results"):
             folder = root / f"nnUNet_{name}"
             folder.mkdir()
