@@ -194,7 +194,7 @@ def _draw_case(
 
 
 def _draw_anatomy(rng: np.random.RandomState, endorectal: bool) -> _Anatomy:
-    half = np.array([rng.uniform(20, 28), rng.uniform(14, 20), rng.uniform(14, 20)])
+    half = np.array([rng.uniform(18, 29), rng.uniform(12, 21), rng.uniform(13, 21)])
     if endorectal:
         half[:2] *= 1.06, 0.86  # the balloon flattens the gland
     nodules = [
@@ -214,7 +214,7 @@ def _draw_anatomy(rng: np.random.RandomState, endorectal: bool) -> _Anatomy:
         waves=np.column_stack([rng.normal(0, [0.03, 0.035, 0.025, 0.015]), rng.uniform(0, 2 * np.pi, 4)]),
         zone=np.array([rng.uniform(0.55, 0.8), rng.uniform(0.5, 0.75)]),
         body=np.array([rng.uniform(150, 185), rng.uniform(92, 120)]),
-        shift=np.array([rng.uniform(-6, 6), rng.uniform(-10, 6)]),
+        shift=np.array([rng.uniform(-18, 18), rng.uniform(-22, 14)]),
         rectum=np.array(balloon if endorectal else empty),
         bladder=np.array([rng.uniform(-8, 8), rng.uniform(0.7, 1.3), rng.uniform(-0.1, 0.7)]),
         nodules=np.array(nodules),
