@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,16 +113,3 @@ def test_a_converter_runs_as_a_module_and_ends_with_exit_code_one_on_bad_input(
     assert bad.returncode == 1
     assert bad.stderr.startswith("Error: prostate-saml: unknown site 'RUMNC'; did you mean 'RUNMC'?")
     assert "Traceback" not in bad.stderr
-
-
-def test_help_is_quick() -> None:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "nnunet_dgplugins.cli", "convert", "prostate-saml", "--help"],
-            capture_output=True,
-            check=True,
-        )
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3  # the best of five: other work on the machine is not our doing
