@@ -50,12 +50,15 @@ def write_pictures(kept: Sequence[Outcome], labels: Sequence[str], folder: Path)
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
     written = []
     for source in dict.fromkeys(outcome.place.source for outcome in kept):
         mine = [outcome for outcome in kept if outcome.place.source == source]
-        figure = Figure(figsize=(3.2 * len(mine), 7.6), dpi=110, facecolor="white", layout="constrained")
+        # titles of three lines are higher than the layout expects
+        layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.96))
+        figure = Figure(figsize=(3.2 * len(mine), 7.6), dpi=110, facecolor="white", layout=layout)
         FigureCanvasAgg(figure)
         grid = figure.subplots(2, len(mine), squeeze=False)
         for column, outcome in enumerate(mine):
@@ -80,16 +83,17 @@ def _draw(axes: Any, outcome: Outcome, prompt: str, labels: Sequence[str]) -> No
     top, bottom, left, right = outcome.box
     low, high = np.percentile(image, (0.5, 99.5))
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="bilinear")
-    _contour(axes, truth, TRUTH_COLOUR, "solid")
     masks = outcome.by_point if prompt == "point" else outcome.by_box
-    for label, (colour, style) in zip(labels, MODEL_STYLES, strict=False):
-        _contour(axes, masks[label], colour, style)
+    # an untrained model's mask is speckled: it is drawn thin, and under the others
+    for i, (label, (colour, style)) in reversed(list(enumerate(zip(labels, MODEL_STYLES, strict=False)))):
+        _contour(axes, masks[label], colour, style, width=0.7 if i else 1.8)
+    _contour(axes, truth, TRUTH_COLOUR, "solid", width=1.8)
     if prompt == "point":
         axes.plot(outcome.point[1], outcome.point[0], "+", color=PROMPT_COLOUR, markersize=10, markeredgewidth=2)
     else:
         axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False,
                                  edgecolor=PROMPT_COLOUR, linewidth=1))  # fmt: skip
-    half = max(bottom - top, right - left) * (0.5 + _MARGIN)
+    half = max(max(bottom - top, right - left) * (0.5 + _MARGIN), min(image.shape) / 6)
     row, column = (top + bottom) / 2, (left + right) / 2
     axes.set_xlim(max(column - half, -0.5), min(column + half, image.shape[1] - 0.5))
     axes.set_ylim(min(row + half, image.shape[0] - 0.5), max(row - half, -0.5))
@@ -99,10 +103,10 @@ def _draw(axes: Any, outcome: Outcome, prompt: str, labels: Sequence[str]) -> No
     axes.set_axis_off()
 
 
-def _contour(axes: Any, mask: Mask, colour: str, style: Any) -> None:
+def _contour(axes: Any, mask: Mask, colour: str, style: Any, width: float) -> None:
     if not mask.any():
         return
     # a ring of background lets contours close at the image's edge
     padded = np.pad(mask, 1).astype(float)
     grid = (np.arange(padded.shape[1]) - 1, np.arange(padded.shape[0]) - 1)
-    axes.contour(*grid, padded, levels=[0.5], colors=[colour], linewidths=1.6, linestyles=[style])
+    axes.contour(*grid, padded, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
