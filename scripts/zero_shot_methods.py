@@ -148,7 +148,7 @@ def canvas_points(points: npt.NDArray[np.floating], content: Box, canvas: int) -
 
 
 def canvas_boxes(boxes: npt.NDArray[np.floating], content: Box, canvas: int) -> torch.Tensor:
-    """Bring boxes of the slice onto the canvas: first and last pixel inside, as SAM's own boxes of masks.
+    """Bring boxes of the slice onto the canvas: the edges exactly, less the half pixel that SAM adds.
 
     Args:
         boxes: (N, 4) as (top, bottom, left, right), bottom and right exclusive.
@@ -161,7 +161,7 @@ def canvas_boxes(boxes: npt.NDArray[np.floating], content: Box, canvas: int) -> 
     down, across = canvas / (content[1] - content[0]), canvas / (content[3] - content[2])
     y0, y1 = ((boxes[:, k] - content[0]) * down for k in (0, 1))
     x0, x1 = ((boxes[:, k] - content[2]) * across for k in (2, 3))
-    return torch.from_numpy(np.stack([x0, y0, x1 - 1, y1 - 1], axis=1).astype(np.float32))
+    return torch.from_numpy(np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)) - 0.5
 
 
 class Sam:

@@ -126,8 +126,7 @@ class Painter:
         masks = torch.full((len(sparse_prompt_embeddings), 4, side, side), -10.0)
         scores = torch.zeros(len(masks), 4)
         for mask, score, (first, last) in zip(masks, scores, sparse_prompt_embeddings, strict=True):
-            # SAM's box names the centres of the first and last pixel; a point's second token is padding
-            low, high = (first - 0.5, last + 0.5) if last.ne(0.5).any() else (first - 4, first + 4)
+            low, high = (first, last) if last.ne(0.5).any() else (first - 4, first + 4)  # a point comes with padding
             inside = [(middle > low[k]) & (middle < high[k]) for k in (0, 1)]
             mask[:, inside[1][:, None] & inside[0][None]] = 10.0
             score[:] = torch.tensor([0.1, 0.2, 0.9, 0.3])
@@ -166,9 +165,9 @@ def test_the_centre_of_the_slice_is_the_centre_of_the_canvas() -> None:
     assert xy.flatten().tolist() == pytest.approx([127.5, 127.5])
 
 
-def test_a_box_around_all_content_names_the_first_and_last_pixel_of_the_canvas() -> None:
-    box = methods.canvas_boxes(np.array([[5, 66, 7, 108]]), (5, 66, 7, 108), 256)
-    assert box.flatten().tolist() == pytest.approx([0, 0, 255, 255])
+def test_a_box_around_all_content_lies_on_the_edges_of_the_canvas_once_sam_adds_its_half_pixel() -> None:
+    box = methods.canvas_boxes(np.array([[5, 66, 7, 108]]), (5, 66, 7, 108), 256) + 0.5
+    assert box.flatten().tolist() == pytest.approx([0, 0, 256, 256])
 
 
 def test_the_mask_with_the_highest_predicted_iou_counts_and_the_oracle_is_a_column_of_its_own() -> None:
