@@ -66,8 +66,8 @@ class DeSAMSettings(TrainingSettings):
     )
     sam: str = setting(
         "auto",
-        "SAM encoder: vit_h (the paper's), vit_l, vit_b, vit_tiny (ours, shipped, untrained), or a file of their "
-        "layout; auto: the largest file found in DGPLUGINS_SAM_DIR, else vit_tiny.",
+        "SAM encoder: vit_h (the paper's), vit_l, vit_b, vit_tiny (ours, small, shipped with the "
+        "package), or a file of their layout; auto: the largest file found in DGPLUGINS_SAM_DIR, else vit_tiny.",
         "section 2.1; the released code runs with vit_h only",
     )
     channels: tuple[int, ...] | None = setting(

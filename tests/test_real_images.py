@@ -146,7 +146,7 @@ def test_hearts_of_an_unseen_site_are_segmented_in_three_classes(shell: Shell, s
     shell.plan(532)
     shell("dgplugins configure 532 -tr DeSAMTrainer --set epochs=12 initial_lr=1e-3 -o nnUNetPlansShort")
     embedded = shell("dgplugins embed 532 -p nnUNetPlansShort --device cpu")
-    assert "vit_tiny (untrained)" in embedded
+    assert "vit_tiny (shipped)" in embedded
     trained = shell("nnUNetv2_train 532 2d 0 -tr DeSAMTrainer -p nnUNetPlansShort -device cpu")
     assert "are complete" in trained  # the store that embed wrote is the one that is read
     shell(f"nnUNetv2_predict -d 532 -i {images} -o out -c 2d -f 0 -tr DeSAMTrainer -p nnUNetPlansShort {ONE_BY_ONE}")

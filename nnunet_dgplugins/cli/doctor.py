@@ -107,15 +107,18 @@ def _accelerator() -> list[dict[str, Any]]:
 
 
 def _sam_files() -> list[dict[str, Any]]:
-    from nnunet_dgplugins.sam.models import MODELS, locate
+    from nnunet_dgplugins.sam.models import AUTO, MODELS, VARIABLE, get_model, what_a_file_adds
 
-    folder = os.environ.get("DGPLUGINS_SAM_DIR")
-    checks = [_check("DGPLUGINS_SAM_DIR", "good" if folder else "note", folder or "not set: vit_tiny is used")]
+    folder, default = os.environ.get(VARIABLE), get_model(AUTO)
+    checks = [
+        _check(VARIABLE, "good" if folder else "note", folder or "not set"),
+        _check("SAM encoder, sam=auto", "good", default.described, what_a_file_adds() if default.shipped else ""),
+    ]
     for model in MODELS.values():
-        if not model.file:
-            checks.append(_check(model.name, "good", model.note))
-        elif found := locate(model.file):
+        if found := model.find():
             checks.append(_check(model.name, "good", str(found)))
+        elif model.shipped:
+            checks.append(_check(model.name, "failed", f"{model.file} is missing", "install nnunet_dgplugins again"))
         else:
-            checks.append(_check(model.name, "note", "no file", f"{model.url} -> DGPLUGINS_SAM_DIR"))
+            checks.append(_check(model.name, "note", "no file", f"{model.url} -> {VARIABLE}"))
     return checks

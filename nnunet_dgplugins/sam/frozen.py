@@ -1,8 +1,9 @@
 """The frozen image encoder as a part of a network: out of the checkpoint, but never confused with another one.
 
-A checkpoint holds what was trained, and of the encoder only the hash of its weights; ``vit_tiny`` is always inside,
-and ``carry()`` puts any encoder inside in half precision (``dgplugins bundle``). nnU-Net loads the same checkpoint
-strictly, once per fold and case, into a network built without any weight file.
+A checkpoint holds what was trained, and of the encoder only the hash of its weights. ``carry()`` puts any encoder
+inside in half precision (``dgplugins bundle``). Weights that ship with the package (``vit_tiny``) are always inside
+and win over those of the installed package: a model predicts with what it was trained with. nnU-Net loads the same
+checkpoint strictly, once per fold and case, into a network built without any weight file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         self.model = model if isinstance(model, SamModel) else get_model(model)
         self.dtype = dtype
-        self.carried = self.model.file is None
+        self.carried = self.model.shipped
         self.register_buffer(_HASH_KEY, torch.zeros(_HASH_BYTES, dtype=torch.uint8))
         # in a list, so that torch registers nothing: no parameters for the optimiser, DDP or the state dict
         self._held: list[TappedEncoder] = []
@@ -84,10 +85,10 @@ class FrozenEncoder(nn.Module):
             self._held.clear()
 
     def carry(self, on: bool = True) -> None:
-        """Put the weights into the state dict in half precision, or take them out; ``vit_tiny`` is always inside."""
+        """Put the weights into the state dict in half precision, or take them out; shipped ones are always inside."""
         if on:
             self.load()
-        self.carried = on or self.model.file is None
+        self.carried = on or self.model.shipped
 
     def forward(self, canvas: torch.Tensor) -> list[torch.Tensor]:
         """Encode (B, 3, S, S), see :meth:`TappedEncoder.forward`."""
@@ -112,11 +113,10 @@ class FrozenEncoder(nn.Module):
 
     def _check_hash(self, found: str) -> None:
         if self.hash and self.hash != found:
-            file = "" if self.model.file is None else f" ({find_weights(self.model)})"
             raise UserError(
                 f"This network was trained with {self.model.name} weights {self.hash[:12]}..., but the weights "
-                f"found{file} are {found[:12]}.... Put the file it was trained with in their place, or use a bundled "
-                f"model (`dgplugins bundle`). Full hashes: {self.hash} and {found}."
+                f"found ({find_weights(self.model)}) are {found[:12]}.... Put the file it was trained with in "
+                f"their place, or use a bundled model (`dgplugins bundle`). Full hashes: {self.hash} and {found}."
             )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FrozenEncoder:
@@ -130,7 +130,7 @@ class FrozenEncoder(nn.Module):
         if self.carried:
             self.load()
             for key, value in self._held[0].image_encoder.state_dict().items():
-                destination[prefix + key] = value if self.model.file is None else value.half()
+                destination[prefix + key] = _halved(value, self.model.shipped)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -150,10 +150,10 @@ class FrozenEncoder(nn.Module):
         hash = bytes(own.pop(_HASH_KEY).cpu().tolist()).hex()
         if not own:
             self._expect(hash)
-            if self.model.file is None:
+            if self.model.shipped:
                 missing_keys.append(f"{prefix}patch_embed.proj.weight")
             return
-        if self.loaded and self.carried and self.hash == hash and self.model.file is not None:
+        if self.loaded and self.carried and self.hash == hash and not self.model.shipped:
             return  # the same bundle again, as nnU-Net does per fold and case
         image_encoder = build_parts(self.model).image_encoder
         wanted = image_encoder.state_dict()
@@ -172,10 +172,16 @@ class FrozenEncoder(nn.Module):
         """Take over a hash without weights: those in memory stay only if they are the same."""
         if self.hash != hash:
             self._held.clear()
-        if self.model.file is not None:
+        if not self.model.shipped:
             self.carried = False
         with torch.no_grad():
             self.weights_hash.copy_(torch.tensor(list(bytes.fromhex(hash)), dtype=torch.uint8))
+
+
+def _halved(value: torch.Tensor, only_exact: bool) -> torch.Tensor:
+    """Return half precision; with ``only_exact`` the tensor itself where that would change a value."""
+    half = value.half()
+    return half if not only_exact or torch.equal(half.float(), value) else value
 
 
 def encoder_hash(image_encoder: nn.Module) -> str:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nnunet_dgplugins.errors import UserError, nearest
+from nnunet_dgplugins.files import human_bytes
 
 VARIABLE = "DGPLUGINS_SAM_DIR"
 AUTO = "auto"
 _ENDINGS = (".pth", ".pt", ".safetensors")
+_PACKAGE = Path(__file__).parent  # where weights that ship with the package lie
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class SamModel:
         decoder_mlp_dim: hidden width of the two-way transformer's MLP.
         decoder_num_heads: heads of the two-way transformer.
         iou_head_hidden: hidden width of the IoU head.
-        file: name or path of the weight file; None where the weights are made from a seed.
+        file: name or path of the weight file.
+        shipped: whether the file is part of this package; such weights are also part of every checkpoint.
         url: where the file is published.
         size_bytes: size of the published file.
         sha256: SHA-256 of the published file.
@@ -53,7 +56,8 @@ class SamModel:
     decoder_mlp_dim: int
     decoder_num_heads: int
     iou_head_hidden: int
-    file: str | None = None
+    file: str
+    shipped: bool = False
     url: str | None = None
     size_bytes: int | None = None
     sha256: str | None = None
@@ -73,7 +77,14 @@ class SamModel:
     @property
     def described(self) -> str:
         """Name with what has to be said wherever the model is named."""
-        return f"{self.name} (untrained)" if self.file is None else self.name
+        return f"{self.name} (shipped)" if self.shipped else self.name
+
+    def find(self) -> Path | None:
+        """Return where the weight file lies: in the package if it ships with it, else see :func:`locate`."""
+        if not self.shipped:
+            return locate(self.file)
+        path = _PACKAGE / self.file
+        return path if path.is_file() else None
 
     @property
     def grid(self) -> int:
@@ -141,14 +152,16 @@ MODELS: dict[str, SamModel] = {
             patch_size=8,
             embed_dim=128,
             depth=8,
-            num_heads=4,
+            num_heads=2,
             global_attn_indexes=(1, 3, 5, 7),
             window_size=8,
             prompt_dim=64,
             decoder_mlp_dim=256,
             decoder_num_heads=4,
             iou_head_hidden=64,
-            note="ours, untrained: weights made from a seed, for demos and tests",
+            file="vit_tiny.safetensors",
+            shipped=True,
+            note="ours, trained on generated images only, part of the package",
         ),
     )
 }  # fmt: skip
@@ -167,11 +180,13 @@ def get_model(name: str) -> SamModel:
     if name in MODELS:
         return MODELS[name]
     if name == AUTO:
-        return next((m for m in MODELS.values() if m.file and locate(m.file)), MODELS["vit_tiny"])
+        return next((m for m in MODELS.values() if m.find() and not m.shipped), MODELS["vit_tiny"])
     size, _, file = name.partition(":")
     if size in MODELS and file:
         note = f"{Path(file).name}, given by the user"
-        return replace(MODELS[size], name=name, file=file, url=None, size_bytes=None, sha256=None, note=note)
+        return replace(
+            MODELS[size], name=name, file=file, shipped=False, url=None, size_bytes=None, sha256=None, note=note
+        )
     if name.endswith(_ENDINGS) or os.sep in name:
         from nnunet_dgplugins.sam.weights import recognise  # only here: it needs torch
 
@@ -183,4 +198,10 @@ def locate(file: str) -> Path | None:
     """Return where a weight file lies: at its own path, else by its name in ``DGPLUGINS_SAM_DIR``; None if nowhere."""
     places = [Path(file).expanduser()] if os.path.dirname(file) else []
     places += [Path(folder) / Path(file).name for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.isfile(place)), None)  # also False where a folder is not readable
+
+
+def what_a_file_adds() -> str:
+    """Say in one line what a real SAM file would add to the shipped model, and where it belongs."""
+    files = ", ".join(f"{m.name} {human_bytes(m.size_bytes)}" for m in MODELS.values() if m.size_bytes)
+    return f"A real SAM file in {VARIABLE} adds training on 11 million photos: {files}."

@@ -1,4 +1,4 @@
-"""Weights from a seed, the same bits on every machine: the untrained ``vit_tiny``.
+"""Weights from a seed, the same bits on every machine: where a training starts, and what it is compared with.
 
 Only whole-number draws and exact arithmetic are used (no logarithm, no sine), and every tensor has its own stream, so
 neither the order of construction nor the C library changes a bit. The global random state is not touched.

@@ -16,12 +16,10 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import human_bytes
 from nnunet_dgplugins.sam.hash_cache import cached_hash
 from nnunet_dgplugins.sam.models import MODELS, VARIABLE, SamModel, get_model, locate
-from nnunet_dgplugins.sam.seeded import fill_from_seed
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT, PromptEncoder
 
-TINY_SEED = 0
 _SECTIONS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 _ENCODER_KEYS = ("pos_embed", "patch_embed.", "blocks.", "neck.")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -56,9 +54,7 @@ def find_weights(name: str | SamModel) -> Path:
         UserError: the file is nowhere; the message says which file, where it is published and where to put it.
     """
     model = name if isinstance(name, SamModel) else get_model(name)
-    if model.file is None:
-        raise UserError(f"{model.described} has no weight file: its weights are made from a seed.")
-    found = locate(model.file)
+    found = model.find()
     if found is None:
         raise UserError(_missing(model))
     return found
@@ -67,6 +63,8 @@ def find_weights(name: str | SamModel) -> Path:
 def _missing(model: SamModel) -> str:
     import os
 
+    if model.shipped:
+        return f"{model.file} ({model.name}) is missing from the installed nnunet_dgplugins. Install it again."
     folder = os.environ.get(VARIABLE)
     where = f"{VARIABLE} is {folder}" if folder else f"{VARIABLE} is not set (export {VARIABLE}=/folder/with/sam/files)"
     text = f"SAM weights of {model.name} not found: {model.file}. {where}."
@@ -76,7 +74,7 @@ def _missing(model: SamModel) -> str:
         )
     else:
         text += " Put the file into that folder or give its path."
-    return text + " Without weights, sam=vit_tiny (untrained) works."
+    return text + " Without it, sam=vit_tiny works: its weights ship with the package."
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -217,12 +215,8 @@ def load_parts(name: str | SamModel, device: str | torch.device = "cpu") -> SamP
     decoder = _mask_decoder(model, parts)
     modules = {"image_encoder.": parts.image_encoder, "prompt_encoder.": parts.prompt_encoder, "mask_decoder.": decoder}
     wanted = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-    if model.file is None:
-        path = None
-        state = fill_from_seed(wanted, TINY_SEED)
-    else:
-        path = find_weights(model)
-        state = _checked(read_state(path), wanted, path)
+    path = find_weights(model)
+    state = _checked(read_state(path), wanted, path)
     for prefix, module in modules.items():
         own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         if module is decoder:
@@ -231,7 +225,8 @@ def load_parts(name: str | SamModel, device: str | torch.device = "cpu") -> SamP
         module.load_state_dict(own, assign=True)
         module.requires_grad_(False).eval().to(device)
     encoder = {key: value for key, value in state.items() if key.startswith("image_encoder.")}
-    parts.weights_hash = cached_hash(path, lambda: hash_state(encoder)) if path else hash_state(encoder)
+    # a small file is quicker hashed than looked up
+    parts.weights_hash = hash_state(encoder) if model.shipped else cached_hash(path, lambda: hash_state(encoder))
     return parts
 
 
@@ -242,7 +237,7 @@ def weights_hash(name: str | SamModel) -> str:
         UserError: as :func:`load_parts`.
     """
     model = name if isinstance(name, SamModel) else get_model(name)
-    if model.file is None:
+    if model.shipped:
         return load_parts(model).weights_hash
     return cached_hash(find_weights(model), lambda: load_parts(model).weights_hash)
 

@@ -86,3 +86,32 @@ def test_doctor_finds_every_trainer_and_fails_without_the_folders(
     failed = CliRunner().invoke(cli, ["doctor", "--json"])
     assert failed.exit_code == 1
     assert json.loads(failed.output)["good"] is False
+
+
+def _sam_rows() -> dict[str, dict]:
+    from nnunet_dgplugins.cli import doctor
+
+    return {check["what"]: check for check in doctor._sam_files()}
+
+
+def test_doctor_names_the_encoder_that_runs_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DGPLUGINS_SAM_DIR", raising=False)
+    rows = _sam_rows()
+    default = rows["SAM encoder, sam=auto"]
+    assert (default["state"], default["found"]) == ("good", "vit_tiny (shipped)")
+    assert "vit_b 357.7 MiB" in default["fix"]
+    assert rows["vit_tiny"]["state"] == "good"
+    assert rows["vit_b"]["state"] == "note"
+    monkeypatch.setenv("DGPLUGINS_SAM_DIR", str(tmp_path))
+    (tmp_path / "sam_vit_b_01ec64.pth").touch()
+    rows = _sam_rows()
+    assert rows["SAM encoder, sam=auto"]["found"] == "vit_b"
+    assert rows["vit_b"]["state"] == "good"
+
+
+def test_doctor_fails_where_the_shipped_file_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from nnunet_dgplugins.sam import models
+
+    monkeypatch.setattr(models, "_PACKAGE", tmp_path)
+    row = _sam_rows()["vit_tiny"]
+    assert (row["state"], row["fix"]) == ("failed", "install nnunet_dgplugins again")

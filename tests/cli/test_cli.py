@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -33,9 +34,32 @@ def test_help_list_and_describe_never_import_torch(arguments: list[str]):
 
 def test_list_and_describe_speak_json():
     listed = json.loads(CliRunner().invoke(cli, ["list", "--json"]).output)
-    assert [item["name"] for item in listed] == list(TRAINERS)
+    assert [item["name"] for item in listed["trainers"]] == list(TRAINERS)
     described = json.loads(CliRunner().invoke(cli, ["describe", "DeSAMGridTrainer", "--json"]).output)
     assert {item["name"]: item["default"] for item in described["settings"]}["grid_size"] == 9
+
+
+def test_list_names_the_shipped_encoder_and_what_a_real_file_would_add(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DGPLUGINS_SAM_DIR", raising=False)
+    text = CliRunner().invoke(cli, ["list"]).output
+    assert "vit_tiny (shipped)" in text
+    (line,) = [line for line in text.splitlines() if "DGPLUGINS_SAM_DIR" in line]
+    for size in ("vit_h 2.4 GiB", "vit_l 1.2 GiB", "vit_b 357.7 MiB"):
+        assert size in line
+    sam = json.loads(CliRunner().invoke(cli, ["list", "--json"]).output)["sam"]
+    assert (sam["name"], sam["shipped"]) == ("vit_tiny", True)
+    assert Path(sam["file"]).is_file()
+
+
+def test_list_names_the_largest_file_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DGPLUGINS_SAM_DIR", str(tmp_path))
+    path = tmp_path / "sam_vit_b_01ec64.pth"
+    path.touch()
+    text = CliRunner().invoke(cli, ["list"]).output
+    assert f"vit_b, {path}" in text
+    assert "vit_tiny" not in text
+    sam = json.loads(CliRunner().invoke(cli, ["list", "--json"]).output)["sam"]
+    assert (sam["name"], sam["shipped"], sam["file"]) == ("vit_b", False, str(path))
 
 
 def test_a_wrong_name_is_a_usage_error_with_a_suggestion():

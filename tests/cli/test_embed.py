@@ -54,7 +54,7 @@ def _stores(base: Path) -> list[str]:
 
 def test_settings_come_from_the_plans(planned: Path):
     output = _run("902", "--device", "cpu")
-    assert "Embedding 4 of 4 slices with vit_tiny (untrained), mode half" in output
+    assert "Embedding 4 of 4 slices with vit_tiny (shipped), mode half" in output
     (store,) = _stores(planned)
     assert store.startswith("nnUNetPlans_2d__vit_tiny-")
     assert store.endswith("__half")

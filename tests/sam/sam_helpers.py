@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from nnunet_dgplugins.sam.models import MODELS, SamModel
-from nnunet_dgplugins.sam.weights import load_parts
+from nnunet_dgplugins.sam.seeded import fill_from_seed
+from nnunet_dgplugins.sam.weights import _mask_decoder, build_parts, load_parts
 
 TINY = MODELS["vit_tiny"]
 
@@ -31,3 +32,24 @@ def full_state(model: SamModel | str = "vit_tiny") -> dict[str, torch.Tensor]:
     state = {f"image_encoder.{key}": value for key, value in parts.image_encoder.state_dict().items()}
     state |= {f"prompt_encoder.{key}": value for key, value in parts.prompt_encoder.state_dict().items()}
     return {key: value.clone() for key, value in (state | parts.mask_decoder_state).items()}
+
+
+def layout() -> dict[str, torch.Tensor]:
+    """Return names and shapes (tensors on the meta device) of vit_tiny's weight file, from SAM's own classes."""
+    parts = build_parts(TINY)
+    modules = {
+        "image_encoder.": parts.image_encoder,
+        "prompt_encoder.": parts.prompt_encoder,
+        "mask_decoder.": _mask_decoder(TINY, parts),
+    }
+    return {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
+
+
+def seeded_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return weights of vit_tiny's layout, made from a seed."""
+    return fill_from_seed(layout(), seed)
+
+
+def encoder_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the image encoder's tensors, whose hash is the hash of the weights."""
+    return {key: value for key, value in state.items() if key.startswith("image_encoder.")}

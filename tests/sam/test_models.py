@@ -11,7 +11,8 @@ import torch
 from sam_helpers import full_state
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.sam.models import MODELS, get_model
+from nnunet_dgplugins.sam import models
+from nnunet_dgplugins.sam.models import MODELS, get_model, what_a_file_adds
 
 
 def test_the_table_is_readable_without_torch():
@@ -34,10 +35,33 @@ def test_sizes_follow_from_the_table(name: str, taps: tuple[int, ...], grid: int
     assert model.raw_bytes == mebibytes * 2**20
 
 
-def test_the_untrained_model_says_so_wherever_it_is_named():
-    assert "untrained" in MODELS["vit_tiny"].described
-    assert "untrained" in MODELS["vit_tiny"].note
+def test_the_shipped_model_says_so_wherever_it_is_named():
+    assert MODELS["vit_tiny"].described == "vit_tiny (shipped)"
     assert MODELS["vit_b"].described == "vit_b"
+    assert [name for name, model in MODELS.items() if model.shipped] == ["vit_tiny"]
+
+
+def test_a_users_file_of_the_shipped_size_is_the_users():
+    model = get_model("vit_tiny:/nowhere/own.safetensors")
+    assert not model.shipped
+    assert model.described == "vit_tiny:/nowhere/own.safetensors"
+    assert model.find() is None
+
+
+def test_the_shipped_file_is_never_taken_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DGPLUGINS_SAM_DIR", str(tmp_path))
+    (tmp_path / "vit_tiny.safetensors").touch()
+    found = MODELS["vit_tiny"].find()
+    assert found is not None
+    assert found.parent == Path(models.__file__).parent
+
+
+def test_one_line_says_what_a_real_file_adds_and_where_it_goes():
+    text = what_a_file_adds()
+    assert "vit_h 2.4 GiB, vit_l 1.2 GiB, vit_b 357.7 MiB" in text
+    assert "DGPLUGINS_SAM_DIR" in text
+    assert "\n" not in text
+    assert len(text) <= 120
 
 
 def test_a_wrong_name_gets_the_nearest_one():
@@ -52,6 +76,8 @@ def test_auto_takes_the_largest_file_there_is(tmp_path: Path, monkeypatch: pytes
     assert get_model("auto").name == "vit_b"
     (tmp_path / "sam_vit_l_0b3195.pth").touch()
     assert get_model("auto").name == "vit_l"
+    monkeypatch.setenv("DGPLUGINS_SAM_DIR", str(tmp_path / "nowhere"))
+    assert get_model("auto").name == "vit_tiny"
 
 
 def test_a_path_is_recognised_by_its_tensors(tmp_path: Path):

@@ -100,9 +100,7 @@ def test_a_complete_store_needs_no_weights_in_memory(preprocessed: Path, weight_
 def test_cost_comes_first_and_progress_follows(preprocessed: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     store = _prepare(preprocessed, say=said.append)
-    assert said[0].startswith(
-        "Embedding 5 of 5 slices with vit_tiny (untrained), mode compact, on cpu: at most 2.4 MiB"
-    )
+    assert said[0].startswith("Embedding 5 of 5 slices with vit_tiny (shipped), mode compact, on cpu: at most 2.4 MiB")
     assert "1 of 5 slices" in said[1]
     assert "to go" in said[1]
     assert "5 of 5 slices" in said[-1]

@@ -163,7 +163,7 @@ def world(real_size_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The same with small SAM models and without nnU-Net's plot: a training takes a second."""
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-    for name, model in (("vit_tiny", small_models.SEEDED), ("vit_b", small_models.FROM_FILE)):
+    for name, model in small_models.installed(real_size_world.root / "package").items():
         monkeypatch.setitem(MODELS, name, model)
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
     return real_size_world

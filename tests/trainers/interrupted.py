@@ -21,10 +21,12 @@ def main(dataset: str, trainer: str, moment: str) -> None:
     from nnunetv2.run.run_training import run_training
 
     from nnunet_dgplugins import ext
+    from nnunet_dgplugins.files import RESULTS, nnunet_folder
+    from nnunet_dgplugins.sam.models import MODELS
     from nnunet_dgplugins.trainers.desam import DeSAMTrainer
 
     ext.register()
-    small_models.install()
+    MODELS.update(small_models.installed(nnunet_folder(RESULTS).parent / "package"))
     if moment == "mid-epoch":
         _kill_in_step(DeSAMTrainer)
     else:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_dgplugins.sam.models import MODELS, SamModel
 
-#: stands for vit_tiny: weights from a seed
-SEEDED = replace(
+if TYPE_CHECKING:
+    import pytest
+    import torch
+
+#: stands for vit_tiny: weights that count as part of the package; its file is written by `installed`
+SHIPPED = replace(
     MODELS["vit_tiny"],
     image_size=64,
     embed_dim=32,
@@ -24,29 +28,55 @@ SEEDED = replace(
 )
 #: stands for Meta's vit_b: weights from a file; another depth, so that its size is recognised from the file
 FROM_FILE = replace(
-    SEEDED, name="vit_b", file="small_vit_b.pth", depth=5, global_attn_indexes=(0, 1, 2, 4), note="for tests"
+    SHIPPED,
+    name="vit_b",
+    file="small_vit_b.pth",
+    shipped=False,
+    depth=5,
+    global_attn_indexes=(0, 1, 2, 4),
+    note="small",
 )
 
 
-def install(models: MutableMapping[str, SamModel] = MODELS) -> None:
-    """Put the small models into the table."""
-    models.update(vit_tiny=SEEDED, vit_b=FROM_FILE)
+def installed(folder: Path, seed: int = 0) -> dict[str, SamModel]:
+    """Return what the table of models holds once a package with the small vit_tiny in it lies in ``folder``.
+
+    Its weights are written there unless they are there already.
+    """
+    from safetensors.torch import save_file
+
+    path = folder / "vit_tiny.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.half() for key, value in _weights(SHIPPED, seed).items()}, path)
+    return {"vit_tiny": replace(SHIPPED, file=str(path)), "vit_b": FROM_FILE}
+
+
+def install_newer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a version of the package, in another folder, whose vit_tiny has other weights."""
+    for name, model in installed(folder, seed=1).items():
+        monkeypatch.setitem(MODELS, name, model)
 
 
 def write_file(folder: Path, seed: int = 5, name: str = "small_vit_b.pth") -> Path:
     """Write a weight file in SAM's layout for the small vit_b."""
     import torch
 
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(_weights(FROM_FILE, seed), folder / name)
+    return folder / name
+
+
+def _weights(model: SamModel, seed: int) -> dict[str, torch.Tensor]:
+    """Return weights from a seed under the names of SAM's files."""
     from nnunet_dgplugins.sam.seeded import fill_from_seed
     from nnunet_dgplugins.sam.weights import _mask_decoder, build_parts
 
-    parts = build_parts(FROM_FILE)
+    parts = build_parts(model)
     modules = {
         "image_encoder.": parts.image_encoder,
         "prompt_encoder.": parts.prompt_encoder,
-        "mask_decoder.": _mask_decoder(FROM_FILE, parts),
+        "mask_decoder.": _mask_decoder(model, parts),
     }
     shapes = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(fill_from_seed(shapes, seed), folder / name)
-    return folder / name
+    return fill_from_seed(shapes, seed)

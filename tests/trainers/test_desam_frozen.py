@@ -94,9 +94,31 @@ def test_a_file_given_by_its_path_is_recognised_and_found_by_name_on_another_mac
     assert all(np.array_equal(a, b) for a, b in zip(before, world.predict(), strict=True))
 
 
-def test_vit_tiny_is_always_inside(world: World):
+def test_vit_tiny_is_always_inside_in_half_precision_to_the_bit(world: World):
     world.train()
-    assert "image_encoder.patch_embed.proj.weight" in weights(world)
+    own = load_parts("vit_tiny").image_encoder.state_dict()
+    found = {key: value for key, value in weights(world).items() if key.startswith("image_encoder.")}
+    assert bytes(found.pop("image_encoder.weights_hash").tolist()).hex() == load_parts("vit_tiny").weights_hash
+    assert {key.removeprefix("image_encoder.") for key in found} == own.keys()
+    for key, value in own.items():
+        assert found[f"image_encoder.{key}"].dtype == torch.float16
+        assert torch.equal(found[f"image_encoder.{key}"].float(), value)
+
+
+@both
+def test_a_model_predicts_with_its_own_weights_when_the_package_ships_others(
+    world: World, trainer: str, monkeypatch: pytest.MonkeyPatch
+):
+    world.train(trainer)
+    trained = weights(world, trainer)
+    expected = world.predict(world.model(trainer))
+    small_models.install_newer(world.root / "newer", monkeypatch)
+    assert bytes(trained["image_encoder.weights_hash"].tolist()).hex() != load_parts("vit_tiny").weights_hash
+    predictor = world.predictor(world.model(trainer))
+    found = predictor.predict_from_files_sequential(world.images(), None)
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+    state = predictor.network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in trained.items())
 
 
 def test_prediction_with_another_weight_file_is_refused_with_both_hashes(world: World, sam_file: Path):

@@ -279,4 +279,4 @@ def test_the_time_left_and_the_settings_are_in_the_log(world: World):
     text = Path(world.train().log_file).read_text()
     assert "Epoch 1/2 done, about" in text
     assert "Settings of DeSAMTrainer: {'epochs': 2" in text
-    assert "vit_tiny (untrained)" in text
+    assert "vit_tiny (shipped)" in text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from conftest import World
 
@@ -118,6 +119,22 @@ def test_a_truncated_latest_checkpoint_gives_way_to_the_newest_readable_one_and_
     assert "Cannot read checkpoint_latest.pth" in said
     assert "continuing from checkpoint_best.pth instead" in said
     assert_same_training(uninterrupted, checkpoint(world))
+
+
+def test_a_training_goes_on_with_its_own_encoder_when_the_package_ships_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    world.settings(epochs=3)
+    world.train()
+    uninterrupted = checkpoint(world)
+    world.elsewhere("stopped")
+    stop_after(world, 2)
+    small_models.install_newer(world.root / "newer", monkeypatch)
+    resume(world)
+    assert_same_training(uninterrupted, checkpoint(world))
+    world.elsewhere("fresh").train()
+    name = "image_encoder.weights_hash"
+    assert not torch.equal(uninterrupted["network_weights"][name], checkpoint(world)["network_weights"][name])
 
 
 def test_without_any_readable_checkpoint_the_error_names_them(world: World):
