@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,38 @@ def test_the_wheel_holds_the_two_packages_and_the_start_up_files_only(installed:
         "nnunet_dgplugins", "dataset_conversion", "_nnunet_dgplugins_ext", "nnunet_dgplugins_boot.py",
         "nnunet_dgplugins_autoload.pth", "nnunet_dgplugins_autoload.start",
     }  # fmt: skip
+
+
+WEIGHTS = "nnunet_dgplugins/sam/vit_tiny.safetensors"
+
+
+def test_an_installed_package_loads_the_weights_it_ships(installed: Environment):
+    from nnunet_dgplugins.sam.weights import weights_hash
+
+    file = installed.site / WEIGHTS
+    assert file.stat().st_size <= 8 * 10**6
+    code = (
+        "from nnunet_dgplugins.sam import weights as w; print(w.find_weights('vit_tiny'), w.weights_hash('vit_tiny'))"
+    )
+    done = installed.run("-c", code)
+    assert done.stdout.strip() == f"{file} {weights_hash('vit_tiny')}", done.stderr
+
+
+def test_the_source_archive_and_the_wheel_made_from_it_hold_the_shipped_weights(tmp_path: Path, installed: Environment):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        (member,) = [item for item in content.getmembers() if item.name.endswith(WEIGHTS)]
+        packed = content.extractfile(member)
+        assert packed is not None
+        assert packed.read() == (ROOT / WEIGHTS).read_bytes()
+    installed.pip(
+        "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(tmp_path / "wheel"), str(archive)
+    )
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        assert content.read(WEIGHTS) == (ROOT / WEIGHTS).read_bytes()
 
 
 def test_two_lookups_give_the_same_class_and_every_registered_trainer_is_found():
