@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation, evaluate
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @click.group()
@@ -18,11 +22,17 @@ def cli() -> None:
 @click.argument("fold", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def minutes(fold: Path) -> None:
     """Print how long the epochs of FOLD took, in minutes."""
-    from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+    click.echo(f"{training_minutes(fold):.3f}")
 
-    times = read_checkpoint(fold / "checkpoint_final.pth")["logging"]
-    started, ended = times["epoch_start_timestamps"], times["epoch_end_timestamps"]
-    click.echo(f"{sum(end - start for start, end in zip(started, ended, strict=True)) / 60:.3f}")
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+def constant(dataset: str, out: Path) -> None:
+    """Predict the constant mask for the unseen sites into OUT."""
+    from nnunet_dgplugins.evaluation.baselines import constant_mask
+
+    constant_mask(dataset, out)
 
 
 @cli.command()
@@ -45,14 +55,26 @@ def table(dataset: str, out: Path, spent: float) -> None:
     ):
         result = evaluate(data, out / "predictions" / name)
         fold = nnunet_folder(RESULTS) / data.name / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
-        source = _dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True)) if fold.is_dir() else None
+        source = None
+        if fold.is_dir():
+            source = mean_dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True).table)
         rows.append((label, source, result))
     _print(data, rows, spent)
     _overlays(rows[0][2], out / "overlays")
 
 
-def _dice(result: Evaluation, site: str | None = None) -> float:
-    found = result.table[result.table["metric"] == "dice"]
+def training_minutes(fold: Path) -> float:
+    """Return how long the epochs of a finished training took, in minutes."""
+    from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+
+    times = read_checkpoint(fold / "checkpoint_final.pth")["logging"]
+    started, ended = times["epoch_start_timestamps"], times["epoch_end_timestamps"]
+    return sum(end - start for start, end in zip(started, ended, strict=True)) / 60
+
+
+def mean_dice(table: pandas.DataFrame, site: str | None = None) -> float:
+    """Return the mean Dice over the cases of an evaluation's table, of one site if given."""
+    found = table[table["metric"] == "dice"]
     return float((found if site is None else found[found["site"] == site])["value"].mean())
 
 
@@ -66,7 +88,7 @@ def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spen
     for heading in ("", f"{source} (validation)", *sites, "mean unseen"):
         shown.add_column(heading, justify="left" if not heading else "right")
     for label, validation, result in rows:
-        dice = [_dice(result, site) for site in sites]
+        dice = [mean_dice(result.table, site) for site in sites]
         own = "-" if validation is None else f"{validation:.3f}"
         shown.add_row(label, own, *[f"{value:.3f}" for value in dice], f"{sum(dice) / len(dice):.3f}")
     Console(width=120).print(shown)
