@@ -120,7 +120,9 @@ def _train(training: Training, out: Path, saved: Path, minutes: float | None) ->
                 log.writerow([training.step, *(f"{value:.5f}" for value in means.values()), f"{training.seconds:.0f}"])
                 handle.flush()
                 text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
-                click.echo(f"step {training.step}/{recipe.steps}  {text}  {pace:.2f} s/step")
+                click.echo(
+                    f"step {training.step}/{recipe.steps}  {text}  {pace:.2f} s/step, {_left(training, pace)} left"
+                )
                 sums, first, clock = {}, training.step, training.seconds
             if now - last_save > _SAVE_SECONDS or training.step == recipe.steps:
                 training.save(saved)
@@ -128,6 +130,16 @@ def _train(training: Training, out: Path, saved: Path, minutes: float | None) ->
             if minutes is not None and now - started > 60 * minutes and training.step < recipe.steps:
                 training.save(saved)
                 raise SystemExit(f"Stopped after {minutes:g} min behind step {training.step}; run again to go on.")
+
+
+def _left(training: Training, pace: float) -> str:
+    """Return the time left if a step costs what its pixels say and the last ones took ``pace`` seconds each."""
+    recipe, now = training.recipe, training.recipe.phase(training.step - 1)
+    behind, pixels = training.step, 0
+    for phase in recipe.phases:
+        pixels += max(0, phase.steps - behind) * phase.maps * phase.canvas**2
+        behind = max(0, behind - phase.steps)
+    return f"{pace * pixels / (now.maps * now.canvas**2) / 60:.0f} min"
 
 
 if __name__ == "__main__":
