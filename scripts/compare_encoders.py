@@ -18,7 +18,7 @@ from statistics import mean
 
 import click
 import pandas as pd
-from demo_table import mean_dice, training_minutes
+from demo_table import scores, training_minutes
 from steps import Step, Word, claim, run_steps
 
 from nnunet_dgplugins.errors import UserError
@@ -42,12 +42,11 @@ def preparation(out: Path) -> list[Step]:
     base, download = nnunet(out, out / "nnUNet_results"), str(out / "download")
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         Path(base[name]).mkdir(parents=True, exist_ok=True)
+    convert = ["dgplugins", "convert", "prostate-saml", download, "--id", ID, "--source", "RUNMC"]
     plan = f"nnUNetv2_plan_and_preprocess -d {ID} -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar"
     return [
         Step(out, "phantom", [sys.executable, "-m", "nnunet_dgplugins.phantom", download], base),
-        Step(
-            out, "convert", ["dgplugins", "convert", "prostate-saml", download, "--id", ID, "--source", "RUNMC"], base
-        ),
+        Step(out, "convert", convert, base),
         Step(out, "plan", plan.split(), {**base, "nnUNet_n_proc_DA": "1"}),
     ]
 
@@ -99,15 +98,6 @@ def claim_encoder(folder: Path, name: str, options: dict[str, object]) -> str:
     return model.name if model.shipped or model.size == model.name else f"{model.size}:{file}"
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """Return the mean Dice on the source's validation cases, of each unseen site, and the mean of those."""
-    unseen = pd.read_csv(folder / "unseen.csv")
-    sites = {site: mean_dice(unseen, site) for site in sorted(set(unseen["site"]))}
-    own = pd.read_csv(folder / "source.csv") if (folder / "source.csv").is_file() else None
-    source = {} if own is None else {f"{', '.join(sorted(set(own['site'])))} (validation)": mean_dice(own)}
-    return {**source, **sites, "mean unseen": mean(sites.values())}
-
-
 def table(runs: Sequence[tuple[str, str, Path]]) -> pd.DataFrame:
     """Return a line per finished run (encoder, seed, folder); mean and standard deviation over an encoder's seeds."""
     parts = []
@@ -143,7 +133,7 @@ def parse_encoders(context: click.Context, parameter: click.Parameter, values: S
     found: dict[str, str] = {}
     for value in values:
         label, _, name = value.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", label) or not name:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label) or not name:
             raise click.BadParameter(f"{value}: expected LABEL=NAME, e.g. trained=vit_tiny")
         if label in found:
             raise click.BadParameter(f"{label} is given twice")
@@ -159,17 +149,11 @@ def parse_seeds(context: click.Context, parameter: click.Parameter, value: str) 
 
 
 @click.command()
-@click.option(
-    "--sam", "encoders", multiple=True, required=True, callback=parse_encoders, help="LABEL=NAME; repeatable."
-)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the comparison."
-)
-@click.option("--demo", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A finished demo's folder.")
+@click.option("--sam", "encoders", multiple=True, required=True, callback=parse_encoders, help="LABEL=NAME; repeat.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison.")
+@click.option("--demo", type=click.Path(exists=True, path_type=Path), help="A finished demo's folder.")
 @click.option("--seeds", default="0,1,2", show_default=True, callback=parse_seeds, help="Seeds of the training.")
-@click.option(
-    "--epochs", type=click.IntRange(1), default=20, show_default=True, help="Epochs of DeSAM, as in the demo."
-)
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, help="DeSAM's; default: the demo's.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Time of each training, instead of epochs.")
 @click.option("--stock", is_flag=True, help="Also nnUNetTrainer, for as long as DeSAM's epochs of the same seed took.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is one.")

@@ -173,6 +173,7 @@ def test_a_time_budget_takes_the_place_of_epochs_with_the_same_seed(tmp_path: Pa
     [
         (("--sam", "vit_tiny"), "expected LABEL=NAME"),
         (("--sam", "a/b=vit_tiny"), "expected LABEL=NAME"),
+        (("--sam", "..=vit_tiny"), "expected LABEL=NAME"),
         (("--sam", "a=vit_tiny", "--sam", "a=vit_b"), "a is given twice"),
         (("--sam", "a=vit_tiny", "--seeds", "0;1"), "expected whole numbers"),
         (("--sam", "a=vit_tiny", "--epochs", "0"), "epochs"),
