@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file beside ``path`` that takes its place when the block ends well.
 
     Same folder, fsync, then ``os.replace``: a reader sees the old file or the whole new one. The temporary name
-    carries the process id, so two processes writing the same file do no harm. On an error nothing is left behind.
+    carries process and thread, so two of them writing the same file do no harm. On an error nothing is left behind.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # the suffix is kept last because writers such as SimpleITK choose the format by it
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    temporary = target.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{target.name}")
     try:
         yield temporary
         with open(temporary, "rb") as handle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from sam_helpers import TINY
 
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.files import replacing
 from nnunet_dgplugins.sam import store as store_module
 from nnunet_dgplugins.sam.codec import BITS, pack, unpack
 from nnunet_dgplugins.sam.embed import LOGITS_BOUND, SIZE_BOUND
@@ -259,6 +261,20 @@ def test_a_damaged_entry_is_repaired_while_reading(store: EmbeddingStore, featur
     store.read_batch([KEY, KEY])
     assert set(asked) == {KEY}
     assert store.verify(KEY, "content") == ""
+
+
+def test_two_threads_may_write_the_same_entry_at_once(store: EmbeddingStore):
+    both_wrote = threading.Barrier(2, timeout=30)
+
+    def write(number: int) -> None:
+        with replacing(store.path(KEY)) as temporary:
+            temporary.write_bytes(bytes([number]))
+            both_wrote.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (1, 2)))
+    assert store.path(KEY).read_bytes() in (bytes([1]), bytes([2]))
+    assert [path.name for path in store.path(KEY).parent.iterdir()] == [store.path(KEY).name]
 
 
 def test_the_same_features_make_the_same_file(store: EmbeddingStore, features: list[torch.Tensor]):
