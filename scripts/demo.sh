@@ -63,7 +63,7 @@ dataset="Dataset501_ProstateSAML_$source_site"
 images="$nnUNet_raw/$dataset/imagesTs"
 
 if [ "$data" = "$out/download" ] && [ -z "${DGPLUGINS_SETTINGS:-}" ]; then
-  # the phantom is small and the encoder untrained: fewer, larger steps than the paper's 50 epochs at 1e-4
+  # the phantom and vit_tiny are small: fewer, larger steps than the paper's 50 epochs at 1e-4
   export DGPLUGINS_SETTINGS="$out/settings.yaml"
   echo "DeSAMTrainer: {epochs: 20, initial_lr: 0.001}" > "$DGPLUGINS_SETTINGS"
 fi

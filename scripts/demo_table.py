@@ -43,13 +43,14 @@ def table(dataset: str, out: Path, spent: float) -> None:
     """Print one table of Dice per unseen site and write one overlay per site."""
     from nnunet_dgplugins.evaluation.baselines import constant_mask
     from nnunet_dgplugins.files import RESULTS, nnunet_folder
+    from nnunet_dgplugins.sam.models import AUTO, get_model
 
     data = Dataset.load(dataset)
     constant = out / "predictions" / "constant mask"
     constant_mask(dataset, constant)
     rows = []
     for label, name in (
-        ("DeSAM (vit_tiny, untrained encoder)", "DeSAMTrainer"),
+        (f"DeSAM ({get_model(AUTO).name})", "DeSAMTrainer"),
         ("stock nnU-Net", "nnUNetTrainer"),
         ("constant mask", "constant mask"),
     ):

@@ -1,7 +1,7 @@
 """The main job on real images, with nothing but commands that a user types.
 
-Few epochs on an untrained encoder: the numbers show that images, labels and masks stay together on the way, and say
-nothing about the method's accuracy.
+Few epochs on a small encoder: the numbers show that images, labels and masks stay together on the way, and say little
+about the method's accuracy.
 """
 
 from __future__ import annotations
