@@ -172,7 +172,8 @@ def command(
     names = {label: claim_encoder(out / label, name, options) for label, name in encoders.items()}
     if stock:
         claim(out / STOCK, options)
-    steps, runs, base = [] if demo else preparation(out), [], nnunet(data, out / "nnUNet_results")
+    base, runs = nnunet(data, out / "nnUNet_results"), []
+    steps = [*([] if demo else preparation(out)), *constant_mask(out / CONSTANT, base)]
     for seed in seeds:
         budget: list[Word] = [sys.executable, "-m", "nnunet_dgplugins.budget", ID, "2d", "0", "--seed", seed]
         for label, name in names.items():
@@ -191,7 +192,6 @@ def command(
             train = [*budget, "--minutes", partial(equal_minutes, folds)]
             steps += one_training(runs[-1][2], "nnUNetTrainer", train, device, base)
     runs.append((CONSTANT, "-", out / CONSTANT))
-    steps += constant_mask(runs[-1][2], base)
     run_steps(steps, GUESSES, partial(write_table, runs, out))
     write_table(runs, out)
     click.echo((out / "table.md").read_text(encoding="utf-8"))
