@@ -20,9 +20,10 @@ import torch
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.parallel import run
 from nnunet_dgplugins.sam.models import MODELS
+from nnunet_dgplugins.sam.seeded import seeded_weights
 from nnunet_dgplugins.sam.tiny.anatomy import Drawing
 from nnunet_dgplugins.sam.tiny.rendering import render, sample_look
-from nnunet_dgplugins.sam.tiny.training import Recipe, Training, draw_map, start_weights, write_weights
+from nnunet_dgplugins.sam.tiny.training import Recipe, Training, draw_map, write_weights
 from nnunet_dgplugins.system import keep_freed_memory
 
 _SAVE_SECONDS = 120
@@ -68,7 +69,7 @@ def train(
 @click.option("--seed", default=0, show_default=True)
 def random(file: Path, seed: int) -> None:
     """Write untrained weights, the start of a training with the same seed, as safetensors."""
-    write_weights(start_weights(MODELS["vit_tiny"], seed), file, f"untrained, seed {seed}")
+    write_weights(seeded_weights(MODELS["vit_tiny"], seed), file, f"untrained, seed {seed}")
 
 
 @cli.command()

@@ -187,10 +187,10 @@ class Sam:
         Raises:
             UserError: no such model, or its file is missing or does not fit.
         """
-        from nnunet_dgplugins.sam.weights import _mask_decoder, load_parts
+        from nnunet_dgplugins.sam.weights import build_mask_decoder, load_parts
 
         parts = load_parts(name)
-        decoder = _mask_decoder(parts.model, parts)
+        decoder = build_mask_decoder(parts)
         state = {key.removeprefix("mask_decoder."): value for key, value in parts.mask_decoder_state.items()}
         decoder.load_state_dict(state, assign=True)
         decoder.requires_grad_(False).eval()

@@ -12,11 +12,19 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from nnunet_dgplugins.sam.models import SamModel
+from nnunet_dgplugins.sam.weights import weight_layout
+
 _POSITION_STD = 0.3
 _REL_POS_STD = 0.1
 _BIAS_STD = 0.02
 _BRANCH = 0.25  # keeps a token mostly its own patch through all blocks
 _EMBEDDING_STD = 1.0
+
+
+def seeded_weights(model: SamModel, seed: int) -> dict[str, torch.Tensor]:
+    """Return the untrained weights of a model, named as in SAM's files (see :func:`fill_from_seed`)."""
+    return fill_from_seed(weight_layout(model), seed)
 
 
 def fill_from_seed(shapes: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

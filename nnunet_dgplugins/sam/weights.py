@@ -18,7 +18,7 @@ from nnunet_dgplugins.sam.hash_cache import cached_hash
 from nnunet_dgplugins.sam.models import MODELS, VARIABLE, SamModel, get_model, locate
 
 if TYPE_CHECKING:
-    from segment_anything.modeling import ImageEncoderViT, PromptEncoder
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 
 _SECTIONS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 _ENCODER_KEYS = ("pos_embed", "patch_embed.", "blocks.", "neck.")
@@ -187,17 +187,32 @@ def build_parts(model: SamModel) -> SamParts:
     return SamParts(model, image_encoder, prompt_encoder, transformer)
 
 
-def _mask_decoder(model: SamModel, parts: SamParts) -> nn.Module:
+def build_mask_decoder(parts: SamParts) -> MaskDecoder:
+    """Build SAM's own mask decoder without weights, on the meta device."""
     from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 
     with torch.device("meta"):
         return MaskDecoder(
-            transformer_dim=model.prompt_dim,
+            transformer_dim=parts.model.prompt_dim,
             transformer=TwoWayTransformer(**parts.transformer_kwargs),
             num_multimask_outputs=3,
             iou_head_depth=3,
-            iou_head_hidden_dim=model.iou_head_hidden,
+            iou_head_hidden_dim=parts.model.iou_head_hidden,
         )
+
+
+def weight_layout(model: SamModel) -> dict[str, torch.Tensor]:
+    """Return the names in a model's weight file with tensors that have a shape and no content (meta device)."""
+    parts = build_parts(model)
+    return _named(_sections(parts, build_mask_decoder(parts)))
+
+
+def _sections(parts: SamParts, decoder: nn.Module) -> dict[str, nn.Module]:
+    return dict(zip(_SECTIONS, (parts.image_encoder, parts.prompt_encoder, decoder), strict=True))
+
+
+def _named(sections: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for prefix, module in sections.items() for key, value in module.state_dict().items()}
 
 
 def load_parts(name: str | SamModel, device: str | torch.device = "cpu") -> SamParts:
@@ -212,12 +227,11 @@ def load_parts(name: str | SamModel, device: str | torch.device = "cpu") -> SamP
     """
     model = name if isinstance(name, SamModel) else get_model(name)
     parts = build_parts(model)
-    decoder = _mask_decoder(model, parts)
-    modules = {"image_encoder.": parts.image_encoder, "prompt_encoder.": parts.prompt_encoder, "mask_decoder.": decoder}
-    wanted = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
+    decoder = build_mask_decoder(parts)
+    sections = _sections(parts, decoder)
     path = find_weights(model)
-    state = _checked(read_state(path), wanted, path)
-    for prefix, module in modules.items():
+    state = _checked(read_state(path), _named(sections), path)
+    for prefix, module in sections.items():
         own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         if module is decoder:
             parts.mask_decoder_state = {prefix + key: value for key, value in own.items()}

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from nnunet_dgplugins.sam.models import MODELS, SamModel
-from nnunet_dgplugins.sam.seeded import fill_from_seed
-from nnunet_dgplugins.sam.weights import _mask_decoder, build_parts, load_parts
+from nnunet_dgplugins.sam.seeded import seeded_weights
+from nnunet_dgplugins.sam.weights import load_parts
 
 TINY = MODELS["vit_tiny"]
 
@@ -34,20 +34,9 @@ def full_state(model: SamModel | str = "vit_tiny") -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in (state | parts.mask_decoder_state).items()}
 
 
-def layout() -> dict[str, torch.Tensor]:
-    """Return names and shapes (tensors on the meta device) of vit_tiny's weight file, from SAM's own classes."""
-    parts = build_parts(TINY)
-    modules = {
-        "image_encoder.": parts.image_encoder,
-        "prompt_encoder.": parts.prompt_encoder,
-        "mask_decoder.": _mask_decoder(TINY, parts),
-    }
-    return {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-
-
 def seeded_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """Return weights of vit_tiny's layout, made from a seed."""
-    return fill_from_seed(layout(), seed)
+    return seeded_weights(TINY, seed)
 
 
 def encoder_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sam_helpers import TINY, encoder_of, full_state, layout, seeded_state
+from sam_helpers import TINY, encoder_of, full_state, seeded_state
 from torch import nn
 
 from nnunet_dgplugins.errors import UserError
@@ -17,7 +17,7 @@ from nnunet_dgplugins.sam import hash_cache, models
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel, get_model
-from nnunet_dgplugins.sam.weights import find_weights, hash_state, load_parts, weights_hash
+from nnunet_dgplugins.sam.weights import find_weights, hash_state, load_parts, weight_layout, weights_hash
 
 MOST_BYTES = 8 * 10**6
 
@@ -47,7 +47,9 @@ def test_the_file_is_small_in_half_precision_and_complete():
     state = load_file(path)
     assert path.stat().st_size <= MOST_BYTES
     assert {value.dtype for value in state.values()} == {torch.float16}
-    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in layout().items()}
+    assert {key: value.shape for key, value in state.items()} == {
+        key: value.shape for key, value in weight_layout(TINY).items()
+    }
     assert all(value.isfinite().all() for value in state.values())
 
 
@@ -128,7 +130,7 @@ def test_a_checkpoint_holds_them_in_half_precision_to_the_bit():
     reference = network.image_encoder(_canvas())
     state = network.state_dict()
     own = {key: value for key, value in state.items() if not key.endswith("weights_hash")}
-    assert set(own) == set(encoder_of(layout()))
+    assert set(own) == set(encoder_of(weight_layout(TINY)))
     assert {value.dtype for value in own.values()} == {torch.float16}
     assert hash_state({key: value.float() for key, value in own.items()}) == network.image_encoder.hash
     other = _Network()

@@ -12,6 +12,7 @@ from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.sam.encoder import TappedEncoder
 from nnunet_dgplugins.sam.models import MODELS, get_model
+from nnunet_dgplugins.sam.seeded import seeded_weights
 from nnunet_dgplugins.sam.tiny.objective import (
     ContrastTerm,
     Prompts,
@@ -27,7 +28,6 @@ from nnunet_dgplugins.sam.tiny.training import (
     build_network,
     draw_map,
     move,
-    start_weights,
     write_weights,
 )
 from nnunet_dgplugins.sam.weights import load_parts
@@ -46,7 +46,7 @@ def drawings() -> list:
 
 @pytest.fixture
 def network() -> TinySam:
-    return build_network(MODEL, start_weights(MODEL, 1))
+    return build_network(MODEL, seeded_weights(MODEL, 1))
 
 
 def weights(run: Training) -> dict[str, torch.Tensor]:
@@ -205,7 +205,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_the_written_file_is_a_model_like_any_other(tmp_path: Path):
-    state = start_weights(MODELS["vit_tiny"], 5)
+    state = seeded_weights(MODELS["vit_tiny"], 5)
     write_weights(state, tmp_path / "own.safetensors", "a test")
     parts = load_parts(get_model(str(tmp_path / "own.safetensors")))
     key = "blocks.0.attn.qkv.weight"

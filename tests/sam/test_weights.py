@@ -68,7 +68,7 @@ def test_the_layout_is_that_of_segment_anything(size: str):
     parts = build_parts(MODELS[size])
     ours = {f"image_encoder.{k}": v.shape for k, v in parts.image_encoder.state_dict().items()}
     ours |= {f"prompt_encoder.{k}": v.shape for k, v in parts.prompt_encoder.state_dict().items()}
-    decoder = weights._mask_decoder(MODELS[size], parts).state_dict()
+    decoder = weights.build_mask_decoder(parts).state_dict()
     ours |= {f"mask_decoder.{k}": v.shape for k, v in decoder.items()}
     assert ours == {key: value.shape for key, value in theirs.items()}
 

@@ -69,14 +69,6 @@ def write_file(folder: Path, seed: int = 5, name: str = "small_vit_b.pth") -> Pa
 
 def _weights(model: SamModel, seed: int) -> dict[str, torch.Tensor]:
     """Return weights from a seed under the names of SAM's files."""
-    from nnunet_dgplugins.sam.seeded import fill_from_seed
-    from nnunet_dgplugins.sam.weights import _mask_decoder, build_parts
+    from nnunet_dgplugins.sam.seeded import seeded_weights
 
-    parts = build_parts(model)
-    modules = {
-        "image_encoder.": parts.image_encoder,
-        "prompt_encoder.": parts.prompt_encoder,
-        "mask_decoder.": _mask_decoder(model, parts),
-    }
-    shapes = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-    return fill_from_seed(shapes, seed)
+    return seeded_weights(model, seed)

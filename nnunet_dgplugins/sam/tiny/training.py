@@ -19,12 +19,11 @@ from torch.nn import functional as F
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import content_hash, replacing, write_bytes
 from nnunet_dgplugins.sam.models import MODELS, SamModel
-from nnunet_dgplugins.sam.seeded import fill_from_seed
+from nnunet_dgplugins.sam.seeded import seeded_weights
 from nnunet_dgplugins.sam.tiny.anatomy import Drawing, draw, sample_anatomy
 from nnunet_dgplugins.sam.tiny.objective import ContrastTerm, TinySam, promptable_loss
 from nnunet_dgplugins.sam.tiny.rendering import render, sample_look
-from nnunet_dgplugins.sam.weights import _mask_decoder as build_mask_decoder
-from nnunet_dgplugins.sam.weights import build_parts
+from nnunet_dgplugins.sam.weights import build_mask_decoder, build_parts
 
 _CANDIDATES = 24  # targets looked at per map before some are chosen
 _MIN_PIXELS = 12  # of a target in the mask the decoder writes
@@ -102,22 +101,10 @@ def draw_map(seed: int, number: int, size: int) -> Drawing:
     return draw(sample_anatomy(np.random.default_rng([seed, number])), size)
 
 
-def start_weights(model: SamModel, seed: int) -> dict[str, torch.Tensor]:
-    """Return the untrained weights of a model, named as in SAM's files."""
-    parts = build_parts(model)
-    modules = {
-        "image_encoder.": parts.image_encoder,
-        "prompt_encoder.": parts.prompt_encoder,
-        "mask_decoder.": build_mask_decoder(model, parts),
-    }
-    shapes = {prefix + key: value for prefix, module in modules.items() for key, value in module.state_dict().items()}
-    return fill_from_seed(shapes, seed)
-
-
 def build_network(model: SamModel, state: dict[str, torch.Tensor]) -> TinySam:
     """Return SAM's three parts with weights, ready to train."""
     parts = build_parts(model)
-    network = TinySam(model, parts.image_encoder, parts.prompt_encoder, build_mask_decoder(model, parts))
+    network = TinySam(model, parts.image_encoder, parts.prompt_encoder, build_mask_decoder(parts))
     network.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     return network
 
@@ -155,7 +142,7 @@ class Training:
     ):
         self.recipe, self.drawings, self.device = recipe, drawings, torch.device(device)
         model = model or MODELS["vit_tiny"]
-        self.network = build_network(model, start_weights(model, recipe.seed)).to(self.device)
+        self.network = build_network(model, seeded_weights(model, recipe.seed)).to(self.device)
         align_attention(self.network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
