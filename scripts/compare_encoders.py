@@ -172,7 +172,7 @@ def command(
     options = {"data": str(data), "device": device, "epochs": epochs, "minutes": minutes, "initial_lr": 0.001}
     names = {label: claim_encoder(out / label, name, options) for label, name in encoders.items()}
     if stock:
-        claim(out / STOCK, options)
+        claim(out / STOCK, {**options, "encoders": sorted(names)})  # its minutes are those of these encoders
     base, runs = nnunet(data, out / "nnUNet_results"), []
     steps = [*([] if demo else preparation(out)), *constant_mask(out / CONSTANT, base)]
     for seed in seeds:

@@ -42,20 +42,22 @@ def constant(dataset: str, out: Path) -> None:
 def table(dataset: str, out: Path, spent: float) -> None:
     """Print one table of Dice per unseen site and write one overlay per site."""
     from nnunet_dgplugins.evaluation.baselines import constant_mask
-    from nnunet_dgplugins.files import RESULTS, nnunet_folder
-    from nnunet_dgplugins.sam.models import AUTO, get_model
+    from nnunet_dgplugins.files import RESULTS, nnunet_folder, read_json
 
     data = Dataset.load(dataset)
     constant = out / "predictions" / "constant mask"
     constant_mask(dataset, constant)
+    models = nnunet_folder(RESULTS) / data.name
+    plans = read_json(models / "DeSAMTrainer__nnUNetPlans__2d" / "plans.json")
+    encoder = plans["configurations"]["2d"]["dgplugins"]["DeSAMTrainer"]["sam"]
     rows = []
     for label, name in (
-        (f"DeSAM ({get_model(AUTO).name})", "DeSAMTrainer"),
+        (f"DeSAM ({encoder})", "DeSAMTrainer"),
         ("stock nnU-Net", "nnUNetTrainer"),
         ("constant mask", "constant mask"),
     ):
         result = evaluate(data, out / "predictions" / name)
-        fold = nnunet_folder(RESULTS) / data.name / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
+        fold = models / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
         source = None
         if fold.is_dir():
             source = mean_dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True).table)

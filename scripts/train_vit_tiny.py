@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.files import replacing, write_bytes
 from nnunet_dgplugins.parallel import run
 from nnunet_dgplugins.sam.models import MODELS
 from nnunet_dgplugins.sam.seeded import seeded_weights
@@ -28,6 +29,7 @@ from nnunet_dgplugins.system import keep_freed_memory
 
 _SAVE_SECONDS = 120
 _LINE_STEPS = 50
+_COLUMNS = "step,prompt,iou,contrast,seconds"
 
 
 @click.group()
@@ -38,17 +40,19 @@ def cli() -> None:
 @cli.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of this run.")
 @click.option("--seed", default=Recipe.seed, show_default=True)
-@click.option("--maps", default=Recipe.maps, show_default=True, help="Label maps to draw.")
+@click.option("--maps", type=click.IntRange(1), default=Recipe.maps, show_default=True, help="Label maps to draw.")
 @click.option("--steps", type=(int, int, int), help="Steps at 64, 128 and 256 pixels. Default: the recipe's.")
 @click.option("--minutes", type=float, help="Stop after so many minutes; run again to go on.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--jobs", default=2, show_default=True, help="Processes that draw the maps.")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes that draw the maps.")
 def train(
     out: Path, seed: int, maps: int, steps: tuple[int, int, int] | None, minutes: float | None, device: str, jobs: int
 ) -> None:
     """Draw the maps, train, write OUT/vit_tiny.safetensors."""
     recipe = Recipe(seed=seed, maps=maps)
     if steps:
+        if min(steps) < 0 or not sum(steps):
+            raise click.BadParameter("expected three whole numbers, not all zero", param_hint="--steps")
         phases = tuple(replace(phase, steps=count) for phase, count in zip(recipe.phases, steps, strict=True))
         recipe = replace(recipe, phases=phases)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,7 @@ def train(
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--seed", default=0, show_default=True)
 def random(file: Path, seed: int) -> None:
-    """Write untrained weights, the start of a training with the same seed, as safetensors."""
+    """Write untrained weights of vit_tiny's architecture as safetensors."""
     write_weights(seeded_weights(MODELS["vit_tiny"], seed), file, f"untrained, seed {seed}")
 
 
@@ -77,25 +81,31 @@ def random(file: Path, seed: int) -> None:
 @click.option("--seed", default=0, show_default=True)
 def show(file: Path, seed: int) -> None:
     """Draw eight maps, each rendered three times, into a PNG."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     size = MODELS["vit_tiny"].image_size
     tissue = torch.from_numpy(np.stack([draw_map(seed, index, size).planes[0] for index in range(8)]))
-    figure, axes = plt.subplots(4, 8, figsize=(16, 8), layout="constrained")
+    figure = Figure(figsize=(16, 8), layout="constrained")
+    axes = figure.subplots(4, 8)
     generator = torch.Generator().manual_seed(seed)
     rows = [tissue, *(render(tissue, sample_look(len(tissue), generator))[:, 0] for _ in range(3))]
     for number, (row, images) in enumerate(zip(axes, rows, strict=True)):
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image, cmap="gray" if number else "nipy_spectral", interpolation="nearest")
             axis.set_axis_off()
-    figure.savefig(file, dpi=80)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=80, format="png")
 
 
 def _drawings(out: Path, recipe: Recipe, jobs: int) -> list[Drawing]:
     """Draw the maps with several processes; about 30 ms each."""
     size = MODELS["vit_tiny"].image_size
     click.echo(f"{recipe.maps} label maps, {recipe.maps * 3 * size**2 / 2**20:.0f} MiB of memory")
-    return run("maps", _draw_alone, [(recipe.seed, number, size) for number in range(recipe.maps)], jobs)
+    threads = torch.get_num_threads()
+    try:
+        return run("maps", _draw_alone, [(recipe.seed, number, size) for number in range(recipe.maps)], jobs)
+    finally:
+        torch.set_num_threads(threads)  # with one job the maps are drawn in this process
 
 
 def _draw_alone(seed: int, number: int, size: int) -> Drawing:
@@ -108,7 +118,7 @@ def _train(training: Training, out: Path, saved: Path, minutes: float | None) ->
     started = last_save = time.monotonic()
     sums: dict[str, float] = {}
     first, clock = training.step, training.seconds
-    with open(out / "log.csv", "a", newline="", encoding="utf-8") as handle:
+    with open(_log_until(out / "log.csv", training.step), "a", newline="", encoding="utf-8") as handle:
         log = csv.writer(handle)
         while training.step < recipe.steps:
             for key, value in training.run_step().items():
@@ -130,7 +140,16 @@ def _train(training: Training, out: Path, saved: Path, minutes: float | None) ->
                 last_save = now
             if minutes is not None and now - started > 60 * minutes and training.step < recipe.steps:
                 training.save(saved)
-                raise SystemExit(f"Stopped after {minutes:g} min behind step {training.step}; run again to go on.")
+                click.echo(f"Stopped after {minutes:g} min behind step {training.step}; run again to go on.")
+                return
+
+
+def _log_until(path: Path, step: int) -> Path:
+    """Give the log a heading, or take off the lines behind the step at which the training goes on."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+    kept = [line for line in lines if int(line.partition(",")[0]) <= step]
+    write_bytes(path, "\n".join([_COLUMNS, *kept, ""]).encode())
+    return path
 
 
 def _left(training: Training, pace: float) -> str:

@@ -254,9 +254,18 @@ def choose_slices(areas: Sequence[int], wanted: int) -> list[int]:
 
 
 def read_scan(scan: Scan) -> list[Slice]:
-    """Return the chosen slices of one volume."""
-    image, part = normalise(read_axial(scan.image), scan.kind)
-    maps = {target.path: np.rint(read_axial(target.path)[part]).astype(np.int32) for target in scan.targets}
+    """Return the chosen slices of one volume.
+
+    Raises:
+        UserError: a label map does not lie on the image's grid.
+    """
+    volume = read_axial(scan.image)
+    whole = {target.path: read_axial(target.path) for target in scan.targets}
+    wrong = [f"{path}: {labels.shape}" for path, labels in whole.items() if labels.shape != volume.shape]
+    if wrong:
+        raise UserError(f"Label maps of another shape than {scan.image} {volume.shape}: {'; '.join(wrong)}.")
+    image, part = normalise(volume, scan.kind)
+    maps = {path: np.rint(labels[part]).astype(np.int32) for path, labels in whole.items()}
     slices = []
     for i in range(len(image)):
         objects = [thing for target in scan.targets for thing in objects_of(maps[target.path][i], target)]

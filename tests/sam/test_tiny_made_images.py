@@ -129,7 +129,7 @@ def test_every_part_of_a_look_shows(name: str, value: float):
     assert difference.abs().mean() > 0.02
 
 
-def test_rician_noise_never_lets_the_signal_fall_below_zero_and_lifts_the_air():
+def test_rician_noise_is_skewed_where_there_is_no_signal_and_gaussian_noise_is_not():
     tissue = torch.zeros((1, SIZE, SIZE), dtype=torch.uint8)
     tissue[:, SIZE // 2 :] = 1
     look = plain_look()

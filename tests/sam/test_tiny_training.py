@@ -13,6 +13,7 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.sam.encoder import TappedEncoder
 from nnunet_dgplugins.sam.models import MODELS, get_model
 from nnunet_dgplugins.sam.seeded import seeded_weights
+from nnunet_dgplugins.sam.tiny import objective
 from nnunet_dgplugins.sam.tiny.objective import (
     ContrastTerm,
     Prompts,
@@ -25,9 +26,10 @@ from nnunet_dgplugins.sam.tiny.training import (
     Phase,
     Recipe,
     Training,
+    apply_views,
     build_network,
     draw_map,
-    move,
+    sample_views,
     write_weights,
 )
 from nnunet_dgplugins.sam.weights import load_parts
@@ -59,7 +61,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @torch.no_grad()
 def test_the_features_in_training_are_those_in_use(network: TinySam):
-    images = torch.randn(2, 3, 128, 128)
+    images = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     used = TappedEncoder(network.image_encoder, MODEL.taps)(images)
     for mine, theirs in zip(network.encode(images), used, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -68,14 +70,15 @@ def test_the_features_in_training_are_those_in_use(network: TinySam):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["point", "box", "box, point and mask"])
 def test_a_decode_is_what_sam_itself_answers(network: TinySam, kind: str):
-    neck = torch.randn(1, 32, 16, 16)
+    generator = torch.Generator().manual_seed(0)
+    neck = torch.randn(1, 32, 16, 16, generator=generator)
     points, labels, box, before = None, None, None, None
     if kind != "point":
         box = torch.tensor([[10.0, 20.0, 90.0, 70.0]])
     if kind != "box":
         points, labels = torch.tensor([[[30.0, 40.0]]]), torch.tensor([[1]])
     if "mask" in kind:
-        before = torch.randn(1, 1, 64, 64)
+        before = torch.randn(1, 1, 64, 64, generator=generator)
     sam = network.prompt_encoder
     sparse, dense = sam(None if points is None else (points, labels), box, before)
     decoder: MaskDecoder = network.mask_decoder
@@ -143,7 +146,7 @@ def test_the_contrast_term_rewards_features_that_follow_the_parts_and_not_the_re
 
 def test_moved_maps_keep_their_tissues_and_move_all_planes_alike():
     plane = torch.from_numpy(draw_map(0, 0, 128).planes[0])
-    moved = move(plane.expand(1, 3, -1, -1), 64, torch.Generator().manual_seed(1))
+    moved = apply_views(plane.expand(1, 3, -1, -1), sample_views(1, torch.Generator().manual_seed(1)), 64)
     assert moved.shape == (1, 3, 64, 64)
     assert set(moved.unique().tolist()) <= {0, *plane.unique().tolist()}
     assert torch.equal(moved[0, 0], moved[0, 2])
@@ -165,7 +168,7 @@ def test_a_killed_training_ends_with_the_same_bits(drawings: list, tmp_path: Pat
     for _ in range(RECIPE.steps):
         whole.run_step()
     first = Training(RECIPE, drawings, model=MODEL)
-    for _ in range(2):
+    for _ in range(3):  # in the middle of the second phase
         first.run_step()
     first.save(tmp_path / "state.pt")
     second = Training(RECIPE, drawings, model=MODEL)
@@ -173,6 +176,7 @@ def test_a_killed_training_ends_with_the_same_bits(drawings: list, tmp_path: Pat
     while second.step < RECIPE.steps:
         second.run_step()
     assert same(weights(whole), weights(second))
+    assert same(whole.network.state_dict(), second.network.state_dict())
 
 
 def test_a_state_of_another_recipe_is_refused(drawings: list, tmp_path: Path):
@@ -180,6 +184,27 @@ def test_a_state_of_another_recipe_is_refused(drawings: list, tmp_path: Path):
     other = Training(replace(RECIPE, lr=1e-5), drawings, model=MODEL)
     with pytest.raises(UserError, match="another recipe"):
         other.resume(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("content", [b"half a file", None])
+def test_a_broken_or_foreign_state_is_one_clear_error(content: bytes | None, drawings: list, tmp_path: Path):
+    path = tmp_path / "state.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="Remove it to start again"):
+        Training(RECIPE, drawings, model=MODEL).resume(path)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(drawings: list, monkeypatch: pytest.MonkeyPatch):
+    run = Training(RECIPE, drawings, model=MODEL)
+    before = {key: value.clone() for key, value in run.network.state_dict().items()}
+    monkeypatch.setattr(objective, "IOU_WEIGHT", float("nan"))
+    with pytest.raises(UserError, match="Step 0"):
+        run.run_step()
+    assert run.step == 0
+    assert same(before, run.network.state_dict())
 
 
 def test_training_moves_every_part_of_sam(drawings: list):

@@ -48,7 +48,8 @@ class Structure:
         kind: ``solid``, ``walled`` (wall and lumen), ``zoned`` (split by an inner shape), ``nested`` (small things
             inside), ``crescent`` (one shape less another), ``layers`` or ``tree``.
         outlines: its shapes, the outer one first; none for a tree.
-        numbers: what else the kind needs: wall thickness, number and direction of layers.
+        numbers: what else the kind needs: the wall as a share of the way to the centre, or number, direction (radians)
+            and phase of layers.
         segments: of a tree, (n, 5): start (y, x), end (y, x), radius.
         twin: drawn a second time, mirrored left to right, with the same tissue.
     """
@@ -66,7 +67,7 @@ class Anatomy:
 
     Args:
         body: outline of the body, None where the image lies inside it.
-        skin: thickness of up to two outer layers.
+        skin: up to two outer layers, each as a share of the way from the outline to the body's centre.
         tissues: low-resolution noise fields (n, g, g); the largest decides the tissue between the organs.
         warp: displacement (2, g, g) of all coordinates, in half image sides.
         structures: in drawing order, later ones lie over earlier ones.
@@ -85,7 +86,7 @@ class Drawing:
 
     Args:
         planes: (3, S, S) uint8: tissue (what shares a mean signal), connected part of a tissue, connected whole
-            structure; 0 in the last two: no target.
+            structure. Of the last two only what ``targets`` names is meant to be prompted.
         targets: (n, 2) whole numbers: plane (1 or 2) and id of everything worth a prompt.
     """
 

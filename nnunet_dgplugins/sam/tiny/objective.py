@@ -1,21 +1,26 @@
 """What ``vit_tiny`` learns: any region from points and boxes, and features that do not change with the contrast.
 
 Kirillov et al., Segment Anything, ICCV 2023, appendix A: focal + Dice + IoU losses, points sampled where the mask is
-still wrong, the best of three masks for a single point. The focal loss weighs 5 instead of 20: without pretraining, 20
-keeps every mask empty for twice as many steps. Beside it a self-supervised term: two renderings of one map are
+still wrong, the best of three masks for a single point. What differs: the focal loss weighs 5 instead of 20 (without
+pretraining, 20 keeps every mask empty for longer); a box is jittered by up to 10 % of its side, at most 8 % of the
+canvas (SAM: 10 %, at most 2 %), each by a share of its own; the IoU head learns from all four masks, so that they can
+be ranked; one or two rounds per mask instead of eleven. Beside it a self-supervised term: two renderings of one map are
 to have the same features where they show the same part (a supervised InfoNCE over token pairs).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 from torch import nn
 from torch.nn import functional as F
 
 from nnunet_dgplugins.sam.models import SamModel
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder
 
 FOCAL_WEIGHT = 5.0
 DICE_WEIGHT = 1.0
@@ -47,6 +52,9 @@ class Prompts:
 
 class TinySam(nn.Module):
     """SAM's three parts as one trainable network, for images of any whole number of windows.
+
+    Forward passes of its own over SAM's modules: with gradients and taps (SAM's encoder has none), and with many
+    prompts for many images at once (SAM's decoder takes one image). The tests hold them to SAM's answers.
 
     A canvas smaller than the model's is taken as the same field of view at a lower resolution: the absolute positions
     are interpolated, the relative ones by SAM itself.

@@ -17,7 +17,7 @@ from nnunet_dgplugins.sam.tiny.anatomy import AIR, MAX_IDS
 
 _FIELD = 5  # side of the low-resolution fields
 _OCTAVES = (1, 2, 4, 8)  # texture grains, in pixels
-_REFERENCE = 256  # lengths in pixels are meant for this canvas
+_REFERENCE = 256  # the blur is meant for this canvas; texture is as fine as the canvas allows
 _MAX_BLUR = 2.0
 _STRIDE = 3  # percentiles are taken of every third pixel in each direction
 

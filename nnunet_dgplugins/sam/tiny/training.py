@@ -59,7 +59,7 @@ class Recipe:
         phases: one after the other.
         lr: highest learning rate of AdamW.
         warmup: steps until it is reached; then a cosine to 1 % of it.
-        weight_decay: of AdamW, on matrices only.
+        weight_decay: of AdamW, on everything but biases and norms.
         contrast: weight of the self-supervised term.
         ema: decay of the averaged weights, which are the result.
         bfloat16: matrix products in bfloat16.
@@ -130,6 +130,8 @@ def align_attention(network: TinySam) -> None:
 class Training:
     """One run of a recipe.
 
+    The averaged weights follow every parameter; SAM's only buffer, the random frequencies, never changes.
+
     Args:
         recipe: what to do.
         drawings: the recipe's maps.
@@ -162,10 +164,14 @@ class Training:
         self.seconds = 0.0
 
     def run_step(self) -> dict[str, float]:
-        """Do one step and return its losses."""
+        """Do one step; return its losses and the mean IoU of the first answers.
+
+        Raises:
+            UserError: the gradient is not finite; weights and saved state stay as they were.
+        """
         recipe, phase = self.recipe, self.recipe.phase(self.step)
         started = time.perf_counter()
-        generator = torch.Generator().manual_seed(content_seed(recipe.seed, self.step))
+        generator = torch.Generator().manual_seed(step_seed(recipe.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(self.step)
         tissue, parts, masks, image = self._batch(phase, generator)
@@ -177,7 +183,8 @@ class Training:
         loss = prompted + recipe.contrast * alike
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if not torch.nn.utils.clip_grad_norm_(self.trained, 1.0).isfinite():
+            raise UserError(f"Step {self.step}: the gradient is not finite. Nothing of this step was kept.")
         self.optimizer.step()
         self.step += 1
         decay = min(recipe.ema, self.step / (self.step + 10))
@@ -193,7 +200,7 @@ class Training:
         """Return tissues (M, S, S), parts (M, S, S), masks (N, m, m) and the image (N,) each mask belongs to."""
         chosen = torch.randint(len(self.drawings), (phase.maps,), generator=generator).tolist()
         planes = torch.from_numpy(np.stack([self.drawings[i].planes for i in chosen])).to(self.device)
-        planes = move(planes, phase.canvas, generator)
+        planes = apply_views(planes, sample_views(len(planes), generator), phase.canvas)
         masks, images = [], []
         for index, number in enumerate(chosen):
             for twin in range(2):
@@ -243,9 +250,14 @@ class Training:
         """Go on where a saved run stopped.
 
         Raises:
-            UserError: the file belongs to another recipe.
+            UserError: the file is broken, or belongs to another recipe.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # every kind of broken file has its own class; the cause is kept
+            raise UserError(f"{path} cannot be read. Remove it to start again.") from error
+        if not isinstance(state, dict) or set(state) != set(self.state()):
+            raise UserError(f"{path} is not a state of this training. Remove it to start again.")
         if state["recipe"] != content_hash(asdict(self.recipe)):
             raise UserError(f"{path} was made with another recipe. Give its options again, or another folder.")
         self.step, self.seconds = state["step"], state["seconds"]
@@ -272,17 +284,13 @@ def write_weights(state: dict[str, torch.Tensor], path: Path, note: str) -> None
     write_bytes(path, save(half, metadata={"note": note}))
 
 
-def content_seed(seed: int, step: int) -> int:
-    """Return the seed of one step's stream."""
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of one step's stream, so that a step needs nothing from those before."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def move(planes: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Turn, scale, mirror and shift maps (B, 3, H, W) uint8 onto a canvas of ``size``, nearest neighbour.
-
-    What comes in from outside is air and no target.
-    """
-    count = len(planes)
+def sample_views(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw how maps are turned, scaled, mirrored and shifted: (count, 2, 3) matrices for ``affine_grid``."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
@@ -296,6 +304,11 @@ def move(planes: torch.Tensor, size: int, generator: torch.Generator) -> torch.T
         torch.stack([cos * zoom * stretch * mirror, -sin * zoom * stretch, uniform(-0.2, 0.2)], 1),
         torch.stack([sin * zoom / stretch * mirror, cos * zoom / stretch, uniform(-0.2, 0.2)], 1),
     ]
-    grid = F.affine_grid(torch.stack(rows, 1), [count, 1, size, size], align_corners=False).to(planes.device)
+    return torch.stack(rows, 1)
+
+
+def apply_views(planes: torch.Tensor, views: torch.Tensor, size: int) -> torch.Tensor:
+    """Bring maps (B, 3, H, W) uint8 onto a canvas of ``size``, nearest neighbour; what comes in is air, no target."""
+    grid = F.affine_grid(views, [len(planes), 1, size, size], align_corners=False).to(planes.device)
     moved = F.grid_sample(planes.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return moved.to(torch.uint8)
