@@ -75,6 +75,13 @@ class DeSAMSettings(TrainingSettings):
         "Input channels shown to SAM as grey (one) or RGB (three); null: channel 0, or the first three if named "
         "R, G, B.",
     )
+    field_of_view: str = setting(
+        "slice",
+        "What fills the canvas. slice: each slice, however much of the body it shows (published). source: at least as "
+        "much as the largest source slice, with black around what shows less, so that an organ keeps its size in mm.",
+        "released preprocessing",
+        choices=("slice", "source"),
+    )
     loss: str = setting(
         "paper",
         "paper: Dice + BCE + 10 MSE(IoU). code: Dice + L1(IoU), what the released code does (its cross-entropy is 0).",

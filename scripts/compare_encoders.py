@@ -25,6 +25,8 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import file_sha256, write_bytes, write_json
 
 ID, DATASET = "501", "Dataset501_ProstateSAML_RUNMC"  # as in demo.sh
+# DeSAM's settings there, beside epochs
+DEMO = {"field_of_view": "source", "augmented_views": 4, "initial_lr": 0.001}
 STOCK, CONSTANT = "stock nnU-Net", "constant mask"
 # seconds on two cores
 GUESSES = {"plan": 22, "embed": 35, "train": 150, "predict": 200, f"{STOCK} train": 140, f"{STOCK} predict": 100}
@@ -154,7 +156,7 @@ def parse_seeds(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the comparison.")
 @click.option("--demo", type=click.Path(exists=True, path_type=Path), help="A finished demo's folder.")
 @click.option("--seeds", default="0,1,2", show_default=True, callback=parse_seeds, help="Seeds of the training.")
-@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, help="DeSAM's; default: the demo's.")
+@click.option("--epochs", type=click.IntRange(1), default=8, show_default=True, help="DeSAM's; default: the demo's.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Time of each training, instead of epochs.")
 @click.option("--stock", is_flag=True, help="Also nnUNetTrainer, for as long as DeSAM's epochs of the same seed took.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is one.")
@@ -169,7 +171,7 @@ def command(
     if demo and not ((data / "done" / "plan").is_file() and (data / "nnUNet_raw" / DATASET).is_dir()):
         raise UserError(f"{demo}: not a finished folder of scripts/demo.sh with {DATASET}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"data": str(data), "device": device, "epochs": epochs, "minutes": minutes, "initial_lr": 0.001}
+    options = {"data": str(data), "device": device, "epochs": epochs, "minutes": minutes, **DEMO}
     names = {label: claim_encoder(out / label, name, options) for label, name in encoders.items()}
     if stock:
         claim(out / STOCK, {**options, "encoders": sorted(names)})  # its minutes are those of these encoders
@@ -179,7 +181,7 @@ def command(
         budget: list[Word] = [sys.executable, "-m", "nnunet_dgplugins.budget", ID, "2d", "0", "--seed", seed]
         for label, name in names.items():
             folder = out / label / f"seed{seed}"
-            settings = {"sam": name, "seed": int(seed), "epochs": epochs, "initial_lr": options["initial_lr"]}
+            settings = {"sam": name, "seed": int(seed), "epochs": epochs, **DEMO}
             write_json(folder / "settings.yaml", {"DeSAMTrainer": settings})  # JSON is YAML
             own = {**base, "DGPLUGINS_SETTINGS": str(folder / "settings.yaml")}
             if seed == seeds[0]:  # one store for all seeds

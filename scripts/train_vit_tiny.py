@@ -41,20 +41,20 @@ def cli() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of this run.")
 @click.option("--seed", default=Recipe.seed, show_default=True)
 @click.option("--maps", type=click.IntRange(1), default=Recipe.maps, show_default=True, help="Label maps to draw.")
-@click.option("--steps", type=(int, int, int), help="Steps at 64, 128 and 256 pixels. Default: the recipe's.")
+@click.option("--steps", type=(int,) * 5, help="Steps of the five phases. Default: the recipe's.")
 @click.option("--minutes", type=float, help="Stop after so many minutes; run again to go on.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes that draw the maps.")
 def train(
-    out: Path, seed: int, maps: int, steps: tuple[int, int, int] | None, minutes: float | None, device: str, jobs: int
+    out: Path, seed: int, maps: int, steps: tuple[int, ...] | None, minutes: float | None, device: str, jobs: int
 ) -> None:
     """Draw the maps, train, write OUT/vit_tiny.safetensors."""
     recipe = Recipe(seed=seed, maps=maps)
     if steps:
         if min(steps) < 0 or not sum(steps):
-            raise click.BadParameter("expected three whole numbers, not all zero", param_hint="--steps")
-        phases = tuple(replace(phase, steps=count) for phase, count in zip(recipe.phases, steps, strict=True))
-        recipe = replace(recipe, phases=phases)
+            raise click.BadParameter("expected five whole numbers, not all zero", param_hint="--steps")
+        phases = tuple(replace(phase, steps=count) for phase, count in zip(recipe.all_phases, steps, strict=True))
+        recipe = replace(recipe, phases=phases[: len(recipe.phases)], robust=phases[len(recipe.phases) :])
     out.mkdir(parents=True, exist_ok=True)
     click.echo(keep_freed_memory())
     training = Training(recipe, _drawings(out, recipe, jobs), device)
@@ -156,7 +156,7 @@ def _left(training: Training, pace: float) -> str:
     """Return the time left if a step costs what its pixels say and the last ones took ``pace`` seconds each."""
     recipe, now = training.recipe, training.recipe.phase(training.step - 1)
     behind, pixels = training.step, 0
-    for phase in recipe.phases:
+    for phase in recipe.all_phases:
         pixels += max(0, phase.steps - behind) * phase.maps * phase.canvas**2
         behind = max(0, behind - phase.steps)
     return f"{pace * pixels / (now.maps * now.canvas**2) / 60:.0f} min"

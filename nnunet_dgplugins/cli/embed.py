@@ -61,6 +61,7 @@ def command(
 
     from nnunet_dgplugins.sam.embed import prepare_store, preprocessed_cases
     from nnunet_dgplugins.trainers.views import SliceViews
+    from nnunet_dgplugins.trainers.whole_slices import largest_slice
 
     bfloat16 = chosen.cpu_bfloat16 if bfloat16 is None else bfloat16
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -76,6 +77,7 @@ def command(
         dtype=torch.bfloat16 if bfloat16 else None,
         views=chosen.augmented_views,
         transform=SliceViews(chosen.seed, masked) if chosen.augmented_views else None,
+        field=largest_slice(folder) if chosen.field_of_view == "source" else None,
         part=part_id,
         num_parts=num_parts,
         verify=verify,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_dgplugins.sam.preprocess import content_box, resize_target
+from nnunet_dgplugins.sam.preprocess import Field, content_box, resize_target
 from nnunet_dgplugins.sam.slices import Augment, SliceSet, read_view
 from nnunet_dgplugins.sam.store import EmbeddingStore
 
@@ -28,13 +28,13 @@ class StoredBatches:
 class AugmentedBatches:
     """Calls give ``{images, labels, keys}`` of some slices, another view of each in every epoch."""
 
-    def __init__(self, slices: SliceSet, dataset: Any, augment: Augment, mask_size: int):
-        self.slices, self.dataset, self.augment, self.mask_size = slices, dataset, augment, mask_size
+    def __init__(self, slices: SliceSet, dataset: Any, augment: Augment, mask_size: int, field: Field | None):
+        self.slices, self.dataset, self.augment, self.mask_size, self.field = slices, dataset, augment, mask_size, field
 
     def __call__(self, chosen: np.ndarray, epoch: int) -> dict[str, Any]:
         """Augment the slices with these indices as this epoch does."""
         # view 0 is the plain slice
         keys = [self.slices.keys[index]._replace(view=epoch + 1) for index in chosen]
         pairs = [read_view(self.dataset, key, self.augment) for key in keys]
-        labels = [resize_target(label, content_box(image), self.mask_size)[0] for image, label in pairs]
+        labels = [resize_target(label, content_box(image), self.mask_size, self.field)[0] for image, label in pairs]
         return {"images": [image for image, _ in pairs], "labels": torch.stack(labels), "keys": keys}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from nnunet_dgplugins.files import human_bytes, read_json, require_disk, write_j
 from nnunet_dgplugins.sam.codec import BITS, pack, unpack
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel, get_model
-from nnunet_dgplugins.sam.preprocess import check_channels, to_canvas
+from nnunet_dgplugins.sam.preprocess import Field, check_channels, to_canvas
 from nnunet_dgplugins.sam.probe import Change, Probe, change, fixed_probe
 from nnunet_dgplugins.sam.store import EmbeddingStore, Key, slice_hash, store_folder
 from nnunet_dgplugins.sam.weights import weights_hash
@@ -59,6 +60,7 @@ def prepare_store(
     views: int = 0,
     transform: ViewTransform | None = None,
     probe: Probe | None = None,
+    field: Field | None = None,
     say: Callable[[str], None] = print,
 ) -> EmbeddingStore:
     """Make sure that the features of all slices of the cases are stored, and return the store.
@@ -81,6 +83,7 @@ def prepare_store(
         views: augmented views per slice beside the plain one.
         transform: the augmentation of the views.
         probe: decoder for ``auto``; None: :func:`nnunet_dgplugins.sam.probe.fixed_probe`.
+        field: what the canvas shows at least, see :func:`nnunet_dgplugins.sam.preprocess.to_canvas`.
         say: receives lines of text.
 
     Raises:
@@ -91,14 +94,15 @@ def prepare_store(
     model = sam if isinstance(sam, SamModel) else get_model(sam)
     encoder = encoder or FrozenEncoder(model, dtype)
     known = encoder.hash or weights_hash(model)
-    source = _Slices(folder, cases, tuple(channels), views, transform)
+    source = _Slices(folder, cases, tuple(channels), views, transform, field)
     work = _Work(source, encoder, torch.device(device))
     if mode == AUTO:
         mode = _remembered_mode(work, known, probe or fixed_probe(model), say)
-    target = store_folder(folder, model, known, mode, channels)
+    target = store_folder(folder, model, known, mode, channels, field)
     if encoder.dtype is not None and torch.device(device).type != "cuda":
         target = target.with_name(f"{target.name}__{str(encoder.dtype).removeprefix('torch.')}")
-    store = EmbeddingStore(target, model, mode, known, tuple(channels), transform.name if transform and views else "")
+    name = transform.name if transform and views else ""
+    store = EmbeddingStore(target, model, mode, known, tuple(channels), name, field)
     work.store = store
     store.repair = work.repair
     remove_leftovers(target, alone=num_parts == 1)
@@ -144,7 +148,13 @@ class _Slices:
     """Slices of preprocessed cases, as nnU-Net's own dataset class reads them."""
 
     def __init__(
-        self, folder: Path, cases: Sequence[str], channels: tuple[int, ...], views: int, transform: ViewTransform | None
+        self,
+        folder: Path,
+        cases: Sequence[str],
+        channels: tuple[int, ...],
+        views: int,
+        transform: ViewTransform | None,
+        field: Field | None,
     ):
         from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
@@ -160,6 +170,7 @@ class _Slices:
         self.channels = channels
         self.views = views
         self.transform = transform
+        self.field = field
         self._dataset = kind(str(folder), list(self.everything))
 
     def load(self, case: str) -> torch.Tensor:
@@ -173,10 +184,12 @@ class _Slices:
         shown = [z for z in range(data.shape[1]) if data[:, z].any()]
         return [Key(case, z, view) for view in range(self.views + 1) for z in shown]
 
-    def picture(self, data: torch.Tensor, key: Key) -> torch.Tensor:
-        """Return the slice (C, H, W) of a key, augmented if it is a view."""
+    def canvas(self, data: torch.Tensor, key: Key, model: SamModel) -> torch.Tensor:
+        """Return what the encoder sees of a key, augmented if it is a view."""
         image = data[:, key.z]
-        return self.transform(image, key) if key.view and self.transform else image
+        if key.view and self.transform:
+            image = self.transform(image, key)
+        return to_canvas(image, model, self.channels, self.field)
 
 
 @dataclass
@@ -186,7 +199,7 @@ class _Work:
     source: _Slices
     encoder: FrozenEncoder
     device: torch.device
-    store: EmbeddingStore = field(init=False)
+    store: EmbeddingStore = dataclasses.field(init=False)
 
     @property
     def batch(self) -> int:
@@ -198,8 +211,7 @@ class _Work:
 
     def encode(self, data: torch.Tensor, group: Sequence[Key]) -> Iterator[list[torch.Tensor]]:
         """Yield the features of each key of a group."""
-        model, channels = self.encoder.model, self.source.channels
-        canvases = [to_canvas(self.source.picture(data, key), model, channels) for key in group]
+        canvases = [self.source.canvas(data, key, self.encoder.model) for key in group]
         features = [x.cpu() for x in self.encoder(torch.stack(canvases).to(self.device))]
         for index in range(len(group)):
             yield [x[index] for x in features]

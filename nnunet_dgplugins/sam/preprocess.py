@@ -3,6 +3,9 @@
 nnU-Net's predictor pads a slice with exact zeros up to its patch size. Everything here looks only at the box of
 non-zero pixels, so padding never changes a bit of the result. SAM itself was given 0..255 RGB images; the published
 DeSAM preprocessing (percentiles, stretch to the square canvas, SAM's normalisation) is applied per slice.
+
+What the canvas shows is the content, or, where a ``field`` (rows, columns) is given, the middle of a larger field in
+black: an organ then has the same size on the canvas whatever field of view a scanner chose.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ PERCENTILES = (0.005, 0.995)
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 Box = tuple[int, int, int, int]
+Field = tuple[int, int]
 
 
 def content_box(x: torch.Tensor) -> Box | None:
@@ -46,6 +50,12 @@ def crop(x: torch.Tensor, box: Box | None) -> torch.Tensor:
     return x[..., top:bottom, left:right].contiguous()
 
 
+def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int, int]:
+    """Return how far the field reaches beyond content of this size: (left, right, top, bottom), none negative."""
+    rows, columns = (max(0, f - have) for f, have in zip(field or (0, 0), (height, width), strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
 def check_channels(channels: Sequence[int], available: int, where: str) -> None:
     """Refuse a channel choice that the data cannot serve.
 
@@ -59,13 +69,15 @@ def check_channels(channels: Sequence[int], available: int, where: str) -> None:
         )
 
 
-def to_canvas(x: torch.Tensor, model: SamModel, channels: Sequence[int]) -> torch.Tensor:
+def to_canvas(x: torch.Tensor, model: SamModel, channels: Sequence[int], field: Field | None = None) -> torch.Tensor:
     """Prepare one slice for SAM's encoder.
 
     Args:
         x: slice (C, H, W) as nnU-Net preprocessed it, with or without zero padding.
         model: gives the canvas size S.
         channels: one channel (replicated to RGB) or three.
+        field: rows and columns that the canvas shows at least, in pixels of x; smaller content stands in its middle,
+            around it is 0. None: the content fills the canvas, as published.
 
     Returns:
         (3, S, S) float32. Each channel is clipped to its own 0.5 and 99.5 percentile inside the content box, scaled to
@@ -80,6 +92,8 @@ def to_canvas(x: torch.Tensor, model: SamModel, channels: Sequence[int]) -> torc
     spread = (high - low)[:, None, None]
     part = torch.minimum(torch.maximum(part, low[:, None, None]), high[:, None, None]) - low[:, None, None]
     part = torch.where(spread > 0, part / torch.where(spread > 0, spread, 1.0), 0.0) * 255
+    if box is not None:
+        part = F.pad(part, margins(part.shape[-2], part.shape[-1], field))
     size = (model.image_size, model.image_size)
     canvas = F.interpolate(part[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
     mean = canvas.new_tensor(PIXEL_MEAN)[:, None, None]
@@ -99,7 +113,13 @@ def _percentiles(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return found[0], found[1]
 
 
-def from_canvas(logits: torch.Tensor, box: Box | None, size: tuple[int, int], closed: float = -50.0) -> torch.Tensor:
+def from_canvas(
+    logits: torch.Tensor,
+    box: Box | None,
+    size: tuple[int, int],
+    closed: float = -50.0,
+    field: Field | None = None,
+) -> torch.Tensor:
     """Bring mask logits back to the slice.
 
     Args:
@@ -107,6 +127,7 @@ def from_canvas(logits: torch.Tensor, box: Box | None, size: tuple[int, int], cl
         box: what :func:`content_box` said of the slice.
         size: (H, W) of the slice.
         closed: value outside the box, and everywhere without a box; finite, because nnU-Net sums in half precision.
+        field: as for :func:`to_canvas`; what lies around the content is cut off again.
 
     Returns:
         (K, H, W), bilinear inside the box.
@@ -115,22 +136,27 @@ def from_canvas(logits: torch.Tensor, box: Box | None, size: tuple[int, int], cl
     if box is None:
         return full
     top, bottom, left, right = box
-    inside = F.interpolate(logits[None], size=(bottom - top, right - left), mode="bilinear", align_corners=False)[0]
-    full[:, top:bottom, left:right] = inside
+    height, width = bottom - top, right - left
+    before, after, above, below = margins(height, width, field)
+    shown = (above + height + below, before + width + after)
+    inside = F.interpolate(logits[None], size=shown, mode="bilinear", align_corners=False)[0]
+    full[:, top:bottom, left:right] = inside[:, above : above + height, before : before + width]
     return full
 
 
-def resize_target(target: torch.Tensor, box: Box | None, size: int) -> torch.Tensor:
+def resize_target(target: torch.Tensor, box: Box | None, size: int, field: Field | None = None) -> torch.Tensor:
     """Bring a target slice onto the mask that the decoder writes, by nearest pixel centres.
 
     Args:
         target: (C, H, W), whole numbers of any type; values are kept, negative ones too.
         box: what :func:`content_box` said of the image slice.
         size: side of the mask in pixels.
+        field: as for :func:`to_canvas`; around the content is background.
 
     Returns:
         (C, size, size) of the same type.
     """
     part = crop(target, box)
+    part = F.pad(part, margins(part.shape[-2], part.shape[-1], field)) if box is not None else part
     rows, columns = (((torch.arange(size) + 0.5) * (side / size)).long().to(target.device) for side in part.shape[-2:])
     return part[..., rows[:, None], columns[None, :]]

@@ -10,7 +10,7 @@ from torch import nn
 
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel
-from nnunet_dgplugins.sam.preprocess import content_box, from_canvas, to_canvas
+from nnunet_dgplugins.sam.preprocess import Field, content_box, from_canvas, to_canvas
 
 #: logit of everything that is not there; finite, because nnU-Net sums tiles in half precision
 CLOSED = -50.0
@@ -25,20 +25,28 @@ class SliceSegmenter(nn.Module):
         head: promptable decoder; ``head(features)`` gives mask logits (B, K, m, m) and a confidence (B, K) in [0, 1].
         channels: input channels shown to SAM, one or three.
         background: put a background channel of zeros first (classes); without it channels are regions of their own.
+        field: rows and columns that the canvas shows at least, see :func:`nnunet_dgplugins.sam.preprocess.to_canvas`.
     """
 
     def __init__(
-        self, model: SamModel, encoder: FrozenEncoder, head: nn.Module, channels: Sequence[int], background: bool
+        self,
+        model: SamModel,
+        encoder: FrozenEncoder,
+        head: nn.Module,
+        channels: Sequence[int],
+        background: bool,
+        field: Field | None = None,
     ):
         super().__init__()
         self.model, self.channels, self.background = model, tuple(channels), background
+        self.field = field
         self.image_encoder = encoder
         self.head = head
         self._warned = False
 
     def canvas(self, x: torch.Tensor) -> torch.Tensor:
         """Return the canvas (3, S, S) of one slice (C, H, W)."""
-        return to_canvas(x, self.model, self.channels)
+        return to_canvas(x, self.model, self.channels, self.field)
 
     def features(self, x: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the encoder's features of slices (C, H, W) each: taps from shallow to deep, then the neck."""
@@ -64,7 +72,8 @@ class SliceSegmenter(nn.Module):
             found, sure = self.head(self.features(x[shown]))
             confidence[shown] = sure.float()
             for place, index in enumerate(shown):
-                logits[index] = from_canvas(found[place].float().clamp(CLOSED, -CLOSED), boxes[index], size, CLOSED)
+                clamped = found[place].float().clamp(CLOSED, -CLOSED)
+                logits[index] = from_canvas(clamped, boxes[index], size, CLOSED, self.field)
         if self.background:
             logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1)
         return logits, confidence

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_dgplugins.sam.preprocess import content_box, resize_target
+from nnunet_dgplugins.sam.preprocess import Field, content_box, resize_target
 from nnunet_dgplugins.sam.store import Key
 
 
@@ -43,6 +43,7 @@ def read_slices(
     drop_last: bool = False,
     views: int = 0,
     augment: Augment | None = None,
+    field: Field | None = None,
 ) -> SliceSet:
     """Read the slices of some cases from nnU-Net's preprocessed dataset.
 
@@ -55,6 +56,7 @@ def read_slices(
         drop_last: leave out the last slice with organ of each case (released preprocessing, a slip there).
         views: augmented views per slice beside the plain one.
         augment: makes view k of a slice; needed when ``views`` is not 0.
+        field: what the canvas shows at least, see :func:`nnunet_dgplugins.sam.preprocess.to_canvas`.
 
     Returns:
         All slices that show anything; a slice that is zero everywhere has nothing to learn from and is left out.
@@ -77,7 +79,7 @@ def read_slices(
                 if box is None:
                     continue
                 keys.append(key)
-                labels.append(resize_target(label, box, mask_size)[0].to(torch.int16))
+                labels.append(resize_target(label, box, mask_size, field)[0].to(torch.int16))
     stacked = torch.stack(labels) if labels else torch.empty((0, mask_size, mask_size), dtype=torch.int16)
     return SliceSet(keys, stacked)
 

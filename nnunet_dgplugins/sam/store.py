@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -9,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import write_bytes
 from nnunet_dgplugins.sam.codec import BITS, Packed, pack, unpack
 from nnunet_dgplugins.sam.models import SamModel
-from nnunet_dgplugins.sam.preprocess import PREPROCESSING_VERSION, content_box, crop
+from nnunet_dgplugins.sam.preprocess import PREPROCESSING_VERSION, Field, content_box, crop
 
 FOLDER = "dgplugins_embeddings"
 _MAGIC = b"DGEMBED1"
@@ -47,13 +48,22 @@ def slice_hash(x: torch.Tensor, channels: Sequence[int]) -> str:
     return digest.hexdigest()[:32]
 
 
-def store_folder(data_folder: Path, model: SamModel, weights_hash: str, mode: str, channels: Sequence[int]) -> Path:
+def store_folder(
+    data_folder: Path,
+    model: SamModel,
+    weights_hash: str,
+    mode: str,
+    channels: Sequence[int],
+    field: Field | None = None,
+) -> Path:
     """Return where the embeddings of a preprocessed data folder lie: beside it, never inside.
 
     nnU-Net refuses a data folder that holds foreign files.
     """
     name = f"{data_folder.name}__{model.label}-{weights_hash[:12]}__v{PREPROCESSING_VERSION}"
     name += f"__c{'-'.join(map(str, channels))}__{mode}"
+    if field:
+        name += f"__f{field[0]}x{field[1]}"
     return data_folder.parent / FOLDER / name
 
 
@@ -68,6 +78,7 @@ class EmbeddingStore:
         weights_hash: hash of the encoder's weights.
         channels: input channels that were shown to SAM.
         transform: name of the augmentation behind views 1..k; "" without views.
+        field: what the canvas shows at least, see :func:`nnunet_dgplugins.sam.preprocess.to_canvas`.
         repair: called with a key whose entry is damaged; writes it anew. None: reading raises instead.
 
     Example:
@@ -80,7 +91,8 @@ class EmbeddingStore:
     weights_hash: str
     channels: tuple[int, ...] = (0,)
     transform: str = ""
-    repair: Callable[[Key], None] | None = field(default=None, repr=False)
+    field: Field | None = None
+    repair: Callable[[Key], None] | None = dataclasses.field(default=None, repr=False)
 
     def path(self, key: Key) -> Path:
         """Return the file of an entry."""
@@ -193,6 +205,7 @@ class EmbeddingStore:
             "preprocessing": PREPROCESSING_VERSION,
             "channels": list(self.channels),
             "transform": self.transform if key.view else "",
+            **({"field": list(self.field)} if self.field else {}),
             "key": list(key),
         }
 

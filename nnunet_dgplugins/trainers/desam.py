@@ -29,6 +29,7 @@ from nnunet_dgplugins.sam.batches import AugmentedBatches, StoredBatches
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
+from nnunet_dgplugins.sam.preprocess import Field
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
 from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
 from nnunet_dgplugins.sam.store import EmbeddingStore
@@ -70,12 +71,13 @@ class DeSAMTrainer(WholeSliceTrainer):
 
     def _write_into_plans(self) -> None:
         super()._write_into_plans()
-        # the predictor tells the network the number of heads, not whether they are classes or regions
+        # the predictor tells the network the number of heads, not whether they are classes or regions, and no sizes
         for configuration in (
             self.plans_manager.plans["configurations"][self.configuration_name],
             self.configuration_manager.configuration,
         ):
             configuration[settings.KEY]["heads"] = "regions" if self.label_manager.has_regions else "classes"
+            configuration[settings.KEY]["field"] = list(self.field or ())
 
     @classmethod
     def build_network_architecture(
@@ -109,6 +111,7 @@ class DeSAMTrainer(WholeSliceTrainer):
             head,
             chosen.channels or (0,),
             background=not regions,
+            field=tuple(block.get("field") or ()) or None,
         )
 
     def initialize(self) -> None:
@@ -135,6 +138,11 @@ class DeSAMTrainer(WholeSliceTrainer):
     # ---------------------------------------------------------------- data
 
     @property
+    def field(self) -> Field | None:
+        """Rows and columns that the canvas shows at least; None: a slice fills it."""
+        return self.largest_slice if self.settings.field_of_view == "source" else None
+
+    @property
     def heads(self) -> list[tuple[int, ...]]:
         """Label values of each mask channel: one for a class, several for a region."""
         manager = self.label_manager
@@ -159,7 +167,7 @@ class DeSAMTrainer(WholeSliceTrainer):
         batch = chosen.batch_size or self.configuration_manager.batch_size
         load_train: LoadBatch
         if chosen.online:
-            load_train = AugmentedBatches(train, dataset, views.both, self.network.model.mask_size)
+            load_train = AugmentedBatches(train, dataset, views.both, self.network.model.mask_size, self.field)
         else:
             store = self._store(train_cases, views=chosen.augmented_views, transform=views)
             load_train = StoredBatches(train, store, self.device)
@@ -177,7 +185,7 @@ class DeSAMTrainer(WholeSliceTrainer):
 
     def _slices(self, dataset: Any, cases: Sequence[str], **options: Any) -> SliceSet:
         organ = sorted({value for head in self.heads for value in head})
-        found = read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, **options)
+        found = read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, field=self.field, **options)
         if not len(found):
             raise UserError(
                 f"{type(self).__name__}: no slice to train or validate on in {', '.join(cases)} "
@@ -197,6 +205,7 @@ class DeSAMTrainer(WholeSliceTrainer):
             encoder=self.network.image_encoder,
             views=views,
             transform=transform if views else None,
+            field=self.field,
             say=self.print_to_log_file,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def deployed_patch(largest: Iterable[int], spacing: Iterable[float]) -> list[int
     ]
 
 
+def largest_slice(folder: Path) -> tuple[int, int]:
+    """Return rows and columns of the largest slice of a preprocessed dataset; its training site alone is in there."""
+    dataset = infer_dataset_class(str(folder))(str(folder))
+    shapes = [dataset.load_case(name)[0].shape[2:] for name in dataset.identifiers]
+    return max(int(shape[0]) for shape in shapes), max(int(shape[1]) for shape in shapes)
+
+
 class WholeSliceTrainer(DGTrainer):
     """Base of 2d trainers that see a slice as a whole."""
 
@@ -56,18 +64,14 @@ class WholeSliceTrainer(DGTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = False
-        self.largest_slice = self._largest_slice()
         self._set_in_plans(
             "patch_size", deployed_patch(self.largest_slice, map(float, self.configuration_manager.spacing))
         )
 
-    def _largest_slice(self) -> tuple[int, int]:
+    @cached_property
+    def largest_slice(self) -> tuple[int, int]:
         """Rows and columns of the largest preprocessed training slice."""
-        folder = Path(self.preprocessed_dataset_folder)
-        dataset_class = infer_dataset_class(str(folder))
-        dataset = dataset_class(str(folder))
-        shapes = [dataset.load_case(name)[0].shape[2:] for name in dataset.identifiers]
-        return max(int(shape[0]) for shape in shapes), max(int(shape[1]) for shape in shapes)
+        return largest_slice(Path(self.preprocessed_dataset_folder))
 
     def plot_network_architecture(self) -> None:
         """Draw nothing: the plotting library cannot follow a promptable network."""

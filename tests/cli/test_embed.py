@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_settings_come_from_the_plans(planned: Path):
     (store,) = _stores(planned)
     assert store.startswith("nnUNetPlans_2d__vit_tiny-")
     assert store.endswith("__half")
+
+
+def test_the_sources_field_of_view_is_found_as_the_trainer_finds_it(planned: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = planned / "settings.yaml"
+    settings.write_text("DeSAMTrainer: {field_of_view: source}")
+    monkeypatch.setenv("DGPLUGINS_SETTINGS", str(settings))
+    _run("902", "--device", "cpu")
+    (store,) = _stores(planned)
+    assert re.search(r"__half__f20x24$", store)
 
 
 def test_a_configuration_that_inherits_shares_the_embeddings(planned: Path):

@@ -139,6 +139,35 @@ def test_a_mask_survives_the_way_there_and_back():
     assert torch.equal(back[0], target[0] > 0)
 
 
+def test_a_field_keeps_the_scale_of_small_content_and_leaves_larger_content_alone():
+    x, field = _slice(1, 40, 56), (80, 90)
+    canvas = to_canvas(x, TINY, (0,), field)
+    black = to_canvas(torch.zeros(1, 5, 5), TINY, (0,))[:, :1, :1]
+    height, width = (round(size * TINY.image_size / f) for size, f in zip((40, 56), field, strict=True))
+    top, left = (TINY.image_size - height) // 2, (TINY.image_size - width) // 2
+    frame = canvas.clone()
+    # a pixel of x is about three of the canvas, which interpolation mixes at the border
+    frame[:, top - 4 : top + height + 4, left - 4 : left + width + 4] = black
+    torch.testing.assert_close(frame, black.expand_as(frame))
+    assert (canvas[:, top + 4 : top + height - 4, left + 4 : left + width - 4] != black).float().mean() > 0.9
+    assert torch.equal(to_canvas(x, TINY, (0,), (40, 56)), to_canvas(x, TINY, (0,)))
+    assert torch.equal(to_canvas(x, TINY, (0,), (7, 9)), to_canvas(x, TINY, (0,)))
+    assert torch.equal(to_canvas(F.pad(x, (3, 0, 0, 5)), TINY, (0,), field), canvas)
+    assert torch.equal(to_canvas(torch.zeros(1, 5, 5), TINY, (0,), field), to_canvas(torch.zeros(1, 5, 5), TINY, (0,)))
+
+
+@pytest.mark.parametrize("field", [(100, 90), (51, 99), (10, 61)])
+def test_a_mask_survives_the_way_into_a_field_and_back(field: tuple[int, int]):
+    target = torch.zeros(1, 60, 80, dtype=torch.int16)
+    target[:, 20:41, 30:62] = 1
+    box = (5, 55, 10, 70)
+    small = resize_target(target, box, 256, field)
+    assert float(small.sum()) == pytest.approx(21 * 32 * 256**2 / (max(50, field[0]) * max(60, field[1])), rel=0.05)
+    back = from_canvas(small.float() * 2 - 1, box, (60, 80), -50.0, field)
+    assert torch.equal(back[0] > 0, target[0] > 0)
+    assert (back[:, :5] == -50).all()
+
+
 def test_a_real_slice_is_prepared(sample_data: Path):
     import SimpleITK as sitk
 

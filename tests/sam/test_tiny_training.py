@@ -38,7 +38,10 @@ MODEL = replace(
     MODELS["vit_tiny"], image_size=128, embed_dim=32, depth=4, global_attn_indexes=(0, 1, 2, 3), prompt_dim=32,
     decoder_mlp_dim=32, iou_head_hidden=16, window_size=8,
 )  # fmt: skip
-RECIPE = Recipe(seed=3, maps=3, phases=(Phase(64, 2, 3, 1, 2), Phase(128, 1, 2, 2, 2)), warmup=1)
+RECIPE = Recipe(
+    seed=3, maps=3, phases=(Phase(64, 2, 3, 1, 2), Phase(128, 1, 2, 2, 2)), warmup=1,
+    robust=(Phase(64, 1, 2, 1, 2, noise=0.3, contrast=0.5, projected=False),),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +144,20 @@ def test_the_contrast_term_rewards_features_that_follow_the_parts_and_not_the_re
         term.projections[0].weight.zero_()[:4, :, 0, 0] = torch.eye(4)
         term.projections[0].bias.zero_()
         good, bad = (float(term([x], parts, torch.Generator().manual_seed(0))) for x in (code, swapped))
+        strict = [
+            float(term([x], parts, torch.Generator().manual_seed(0), projected=False)) for x in (3 * code - 7, swapped)
+        ]
     assert good < 3.0 < bad
+    assert strict[0] < 3.0 < strict[1]  # without the projection, whatever the scale and the mean
+
+
+def test_strict_contrast_has_no_use_for_the_projection():
+    features = [torch.randn(2, 4, 8, 8, requires_grad=True)]
+    term = ContrastTerm([4])
+    term(features, torch.arange(64).view(1, 8, 8).repeat(2, 1, 1), torch.Generator().manual_seed(0), False).backward()
+    assert features[0].grad is not None
+    assert bool(features[0].grad.any())
+    assert all(p.grad is None for p in term.parameters())
 
 
 def test_moved_maps_keep_their_tissues_and_move_all_planes_alike():
@@ -221,12 +237,14 @@ def test_training_moves_every_part_of_sam(drawings: list):
 
 
 def test_the_learning_rate_rises_and_falls():
-    recipe = replace(RECIPE, phases=(Phase(64, 1, 1, 1, 100),), warmup=10, lr=1.0)
-    rates = [recipe.rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == pytest.approx(1.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.02
+    part = (Phase(64, 1, 1, 1, 100),)
+    recipe = replace(RECIPE, phases=part, robust=part, warmup=10, lr=1.0, robust_lr=0.5)
+    rates = [recipe.rate(step) for step in range(200)]
+    for own, highest in ((rates[:100], 1.0), (rates[100:], 0.5)):
+        assert own[0] == pytest.approx(0.1 * highest)
+        assert max(own) == own[9] == pytest.approx(highest)
+        assert own[10:] == sorted(own[10:], reverse=True)
+        assert own[-1] < 0.02 * highest
 
 
 def test_the_written_file_is_a_model_like_any_other(tmp_path: Path):

@@ -156,7 +156,7 @@ def test_encoders_are_embedded_once_and_trained_once_per_seed_each_in_its_own_fo
     count = len(started)
     start(*words, "--seeds", "0,1,2")  # one seed more: only its own steps
     assert len(started) == count + 3 * 4
-    with pytest.raises(UserError, match="epochs=20, now 3"):
+    with pytest.raises(UserError, match="epochs=8, now 3"):
         start(*words, "--epochs", "3")
 
 

@@ -91,9 +91,6 @@ def refused(data: Path, out: Path) -> BadInput:
     return caught.value
 
 
-# ---------------------------------------------------------------- who goes where
-
-
 def test_each_patient_is_at_one_site_with_both_frames_and_their_labels(acdc: Path, tmp_path: Path) -> None:
     out = script.simulate(acdc, tmp_path / "out")
     assert sorted(path.name for path in out.iterdir()) == ["README.txt", "SimA", "SimB", "SimC", "SimD"]
@@ -145,9 +142,6 @@ def test_a_patient_s_images_depend_on_no_other_patient(acdc: Path, tmp_path: Pat
     assert {name: rest[name] for name in own} == {name: whole[name] for name in own}
 
 
-# ---------------------------------------------------------------- what is kept, what differs
-
-
 def test_labels_are_the_same_bytes_and_images_keep_their_grid(acdc: Path, tmp_path: Path) -> None:
     out = script.simulate(acdc, tmp_path / "out")
     for path in out.glob("*/*.nii.gz"):
@@ -169,7 +163,10 @@ def test_labels_are_the_same_bytes_and_images_keep_their_grid(acdc: Path, tmp_pa
 def test_a_coarser_grid_and_back_does_not_move_the_anatomy() -> None:
     x, y = np.mgrid[:96, :80]
     image = np.exp(-((x - 40.3) ** 2 + (y - 33.6) ** 2) / 60)[..., None] * np.ones(3)
-    back = script.resample(script.resample(image, (44, 36, 3), order=1), image.shape, order=3)
+    coarse = script.resample(image, (44, 36, 3), order=1)
+    centre = (np.array(ndimage.center_of_mass(coarse)) + 0.5) * np.array(image.shape) / coarse.shape - 0.5
+    assert centre == pytest.approx(ndimage.center_of_mass(image), abs=0.05)
+    back = script.resample(coarse, image.shape, order=3)
     assert ndimage.center_of_mass(back) == pytest.approx(ndimage.center_of_mass(image), abs=0.05)
     assert np.abs(back - image).max() < 0.05
 
@@ -192,9 +189,6 @@ def test_an_image_without_any_signal_does_no_harm() -> None:
         made = script.scan(np.zeros(SHAPE), vendor, np.random.RandomState(0))
         assert made.shape == SHAPE
         assert made.dtype == np.int16
-
-
-# ---------------------------------------------------------------- repeating, killing
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(acdc: Path, tmp_path: Path) -> None:
@@ -228,6 +222,21 @@ def test_a_second_run_makes_nothing_again_but_what_was_lost_or_is_of_another_see
     assert bytes_of(out) == bytes_of(script.simulate(acdc, tmp_path / "new", seed=5))
 
 
+def test_a_full_disk_stops_cleanly_and_leaves_no_readme(
+    acdc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = script.simulate(acdc, tmp_path / "out")
+    next(out.glob("SimB/*_gt.nii.gz")).unlink()
+
+    def full(job: script.Job) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "write", full)
+    with pytest.raises(UserError, match="Run the same command again"):
+        script.simulate(acdc, out)
+    assert not (out / "README.txt").exists()  # an earlier run's would call the set finished
+
+
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -259,9 +268,6 @@ def test_a_killed_simulation_finishes_with_the_same_bytes(acdc: Path, tmp_path: 
     script.simulate(acdc, out)
     assert kept.stat().st_mtime_ns == before
     assert bytes_of(out) == bytes_of(script.simulate(acdc, tmp_path / "whole"))
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_every_problem_of_the_patients_is_listed_and_nothing_is_written(acdc: Path, tmp_path: Path) -> None:
@@ -320,9 +326,6 @@ def test_too_little_disk_is_said_before_the_start(
         script.simulate(acdc, tmp_path / "out")
     assert "10 patients, 20 frames; at most" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------- as a whole
 
 
 def test_the_output_says_what_it_is_and_converts(acdc: Path, tmp_path: Path, nnunet_folders: Path) -> None:

@@ -26,8 +26,8 @@ def test_the_script_trains_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(MODELS, "vit_tiny", MODEL)
     monkeypatch.setattr(script, "_LINE_STEPS", 1)
     out = tmp_path / "run"
-    command = ["train", "--out", str(out), "--maps", "2", "--steps", "1", "1", "1", "--jobs", "1", "--device", "cpu"]
-    monkeypatch.setattr(script, "Recipe", partial(Recipe, phases=PHASES, warmup=1))
+    command = ["train", "--out", str(out), "--maps", "2", "--steps", *"11111", "--jobs", "1", "--device", "cpu"]
+    monkeypatch.setattr(script, "Recipe", partial(Recipe, phases=PHASES, robust=PHASES[:2], warmup=1))
     stopped = CliRunner().invoke(script.cli, [*command, "--minutes", "0"])
     assert stopped.exit_code == 0
     assert "run again to go on" in stopped.output
@@ -37,7 +37,7 @@ def test_the_script_trains_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest
     assert "goes on behind step 1" in done.output
     assert (out / "vit_tiny.safetensors").is_file()
     with open(out / "log.csv", newline="") as handle:
-        assert [row[0] for row in csv.reader(handle)][-2:] == ["2", "3"]
+        assert [row[0] for row in csv.reader(handle)][-2:] == ["4", "5"]
 
 
 def test_untrained_weights_repeat_with_their_seed(tmp_path: Path):

@@ -85,6 +85,33 @@ def test_a_slice_gives_the_same_result_in_any_batch(world: World):
     torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
+def test_with_the_sources_field_of_view_a_smaller_site_is_seen_at_the_same_scale(world: World):
+    """A slice cut out of a training slice: its canvas is the whole slice's, with black where it was cut away."""
+    world.settings(field_of_view="source")
+    assert world.train().largest_slice == (36, 40)
+    network = network_of(world, "DeSAMTrainer")
+    assert network.field == (36, 40)  # out of the plans beside the model
+    whole = torch.from_numpy(case_arrays(Recipe(), 9)[0][:, 2]).float() + 1
+    cut = whole[:, 9:27, 10:30]  # half of each side, from the middle
+    half = network.model.image_size // 2
+    inner = slice(half // 2 + 2, half // 2 + half - 2)
+    seen, part = network.canvas(whole)[0, inner, inner], network.canvas(cut)[0, inner, inner]
+    agreement = float(torch.corrcoef(torch.stack([seen.flatten(), part.flatten()]))[0, 1])
+    assert agreement > 0.99
+    with torch.inference_mode():
+        logits = network(cut[None])
+    assert logits.shape[-2:] == (18, 20)
+
+
+def test_a_field_of_view_has_embeddings_of_its_own(world: World):
+    stores = world.use(Recipe(), own=True).preprocessed / "dgplugins_embeddings"
+    assert world.train().network.field is None
+    world.settings(field_of_view="source")
+    world.train("DeSAMGridTrainer")
+    plain, field = sorted(path.name for path in stores.iterdir())
+    assert field == f"{plain}__f36x40"
+
+
 def test_an_empty_slice_is_background(world: World):
     world.train()
     with torch.inference_mode():

@@ -143,13 +143,16 @@ class ContrastTerm(nn.Module):
         super().__init__()
         self.projections = nn.ModuleList(nn.Conv2d(count, _PROJECTION, 1) for count in channels)
 
-    def forward(self, features: list[torch.Tensor], parts: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def forward(
+        self, features: list[torch.Tensor], parts: torch.Tensor, generator: torch.Generator, projected: bool = True
+    ) -> torch.Tensor:
         """Return the mean loss over features and pairs.
 
         Args:
             features: maps (B, C, g, g); images 2i and 2i + 1 are renderings of one map.
             parts: (B, S, S) part of each pixel; the token's is that of its middle.
             generator: on the CPU, chooses the tokens.
+            projected: compare projections; False: the features themselves, each token about its mean.
         """
         grid = features[0].shape[-1]
         step = parts.shape[-1] // grid
@@ -159,7 +162,8 @@ class ContrastTerm(nn.Module):
         wanted = same / same.sum(2, keepdim=True)
         total = features[0].new_zeros(())
         for projection, feature in zip(self.projections, features, strict=True):
-            code = F.normalize(projection(feature).flatten(2)[:, :, chosen].float(), dim=1)
+            tokens = (projection(feature) if projected else feature).flatten(2)[:, :, chosen].float()
+            code = F.normalize(tokens if projected else tokens - tokens.mean(1, keepdim=True), dim=1)
             score = code[0::2].transpose(1, 2) @ code[1::2] / TEMPERATURE
             for way in (score, score.transpose(1, 2)):
                 total = total - (wanted * way.log_softmax(2)).sum(2).mean() / (2 * len(features))

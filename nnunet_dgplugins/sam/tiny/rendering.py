@@ -62,8 +62,8 @@ class Look:
         return Look(**moved, seed=self.seed)
 
 
-def sample_look(count: int, generator: torch.Generator) -> Look:
-    """Draw the numbers of ``count`` looks from a CPU generator."""
+def sample_look(count: int, generator: torch.Generator, noise: float = 0.12) -> Look:
+    """Draw the numbers of ``count`` looks from a CPU generator; the noise goes up to ``noise``, mostly far below."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return torch.rand((count, *shape), generator=generator) * (high - low) + low
@@ -92,7 +92,7 @@ def sample_look(count: int, generator: torch.Generator) -> Look:
         coil=coil,
         gamma=uniform(-0.7, 0.7).exp(),
         inverted=chance(0.1),
-        noise=uniform(0, 1) ** 2 * 0.12,
+        noise=uniform(0, 1) ** 2 * noise,
         rician=chance(0.5),
         seed=int(torch.randint(2**62, (1,), generator=generator)),
     )

@@ -40,6 +40,10 @@ class Phase:
         targets: prompted masks per image.
         rounds: decodes per mask.
         steps: optimiser steps.
+        noise: strongest noise of a look, see :func:`nnunet_dgplugins.sam.tiny.rendering.sample_look`.
+        contrast: weight of the self-supervised term.
+        projected: whether that term compares projections of the features, or the features as they are: stricter, since
+            what a projection leaves out may go on depending on the scanner.
     """
 
     canvas: int
@@ -47,6 +51,9 @@ class Phase:
     targets: int
     rounds: int
     steps: int
+    noise: float = 0.12
+    contrast: float = 0.1
+    projected: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ class Recipe:
     Args:
         seed: of start weights, maps, looks and prompts.
         maps: drawn label maps.
-        phases: one after the other.
-        lr: highest learning rate of AdamW.
-        warmup: steps until it is reached; then a cosine to 1 % of it.
+        phases: one after the other: the promptable task from coarse to fine.
+        robust: phases behind them: much noise and strict contrast, for features that do not change with the scanner.
+        lr: highest learning rate of AdamW in ``phases``.
+        robust_lr: highest learning rate in ``robust``.
+        warmup: steps until the highest rate is reached, in each of the two; then a cosine to 1 % of it.
         weight_decay: of AdamW, on everything but biases and norms.
-        contrast: weight of the self-supervised term.
         ema: decay of the averaged weights, which are the result.
         bfloat16: matrix products in bfloat16.
     """
@@ -68,21 +76,30 @@ class Recipe:
     seed: int = 0
     maps: int = 3000
     phases: tuple[Phase, ...] = (Phase(64, 16, 6, 1, 1800), Phase(128, 8, 8, 1, 2000), Phase(256, 4, 4, 2, 1250))
+    robust: tuple[Phase, ...] = (
+        Phase(128, 8, 8, 1, 700, noise=0.3, contrast=0.5, projected=False),
+        Phase(256, 4, 4, 2, 900, noise=0.3, contrast=0.5, projected=False),
+    )
     lr: float = 2e-3
+    robust_lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.05
-    contrast: float = 0.1
     ema: float = 0.998
     bfloat16: bool = True
 
     @property
+    def all_phases(self) -> tuple[Phase, ...]:
+        """Every phase in its order."""
+        return (*self.phases, *self.robust)
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
+        return sum(phase.steps for phase in self.all_phases)
 
     def phase(self, step: int) -> Phase:
         """Return the phase of a step."""
-        for phase in self.phases:
+        for phase in self.all_phases:
             if step < phase.steps:
                 return phase
             step -= phase.steps
@@ -90,10 +107,14 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
+        first, highest = sum(phase.steps for phase in self.phases), self.lr
+        steps = first
+        if step >= first:
+            step, steps, highest = step - first, self.steps - first, self.robust_lr
         if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        along = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * along)))
+            return highest * (step + 1) / self.warmup
+        along = (step - self.warmup) / max(1, steps - self.warmup)
+        return highest * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * along)))
 
 
 def draw_map(seed: int, number: int, size: int) -> Drawing:
@@ -175,12 +196,14 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(self.step)
         tissue, parts, masks, image = self._batch(phase, generator)
-        images = render(tissue.repeat_interleave(2, 0), sample_look(2 * phase.maps, generator).to(self.device))
+        images = render(
+            tissue.repeat_interleave(2, 0), sample_look(2 * phase.maps, generator, phase.noise).to(self.device)
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bfloat16):
             features = self.network.encode(images)
             prompted, iou = promptable_loss(self.network, features[-1], image, masks, phase.rounds, generator)
-            alike = self.contrast(features, parts.repeat_interleave(2, 0), generator)
-        loss = prompted + recipe.contrast * alike
+            alike = self.contrast(features, parts.repeat_interleave(2, 0), generator, phase.projected)
+        loss = prompted + phase.contrast * alike
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not torch.nn.utils.clip_grad_norm_(self.trained, 1.0).isfinite():
