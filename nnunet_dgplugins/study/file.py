@@ -1,0 +1,368 @@
+"""The study file: what is compared, on which data, with how much training. Read whole, refused whole."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_dgplugins import settings
+from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+from nnunet_dgplugins.registry import TRAINERS
+
+#: plans name -> nnU-Net's planner that writes it
+PLANNERS = {
+    "nnUNetPlans": "ExperimentPlanner",
+    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
+    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
+    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each training lasts: exactly one of the three.
+
+    Args:
+        minutes: training time, online validation included.
+        epochs: nnU-Net's epochs; passes over the data in trainers of this package.
+        iterations: optimiser steps.
+    """
+
+    minutes: float | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+
+    def words(self) -> list[str]:
+        """Return the option and its value, as typed."""
+        return next([f"--{item.name}", f"{value:g}"] for item in fields(self) if (value := getattr(self, item.name)))
+
+
+@dataclass(frozen=True)
+class Data:
+    """One multi-site collection.
+
+    Args:
+        name: as the study calls it.
+        convert: name after ``dgplugins convert``.
+        download: folder that is converted; None when ``prepare`` makes it.
+        prepare: command that makes the download in the folder ``{download}``.
+        first_id: nnU-Net id of the first source and ratio; the others follow.
+        sources: sites to train on, each a dataset of its own.
+        ratios: labelled shares, each a dataset of its own; empty for all labels.
+        options: further words after ``dgplugins convert``.
+    """
+
+    name: str
+    convert: str
+    first_id: int
+    sources: tuple[str, ...]
+    download: str | None = None
+    prepare: str | None = None
+    ratios: tuple[float, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def variants(self) -> list[tuple[str, float | None, int]]:
+        """Return source, ratio (None: all labels) and id of every dataset."""
+        pairs = [(source, ratio) for source in self.sources for ratio in self.ratios or (None,)]
+        return [(source, ratio, self.first_id + number) for number, (source, ratio) in enumerate(pairs)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the comparison.
+
+    Args:
+        name: as the tables call it.
+        trainer: name after ``-tr``.
+        plans: a key of :data:`PLANNERS`.
+        settings: of a trainer of this package, as for ``dgplugins configure --set``.
+    """
+
+    name: str
+    trainer: str
+    plans: str = "nnUNetPlans"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a study file says.
+
+    Args:
+        name: title of the tables.
+        datasets: collections.
+        methods: lines of the comparison.
+        seeds: each a training of its own.
+        budget: of each training.
+        baseline: name of the method that the others are compared with; None: no differences.
+        configuration: nnU-Net's.
+        mirroring: predict with nnU-Net's mirroring (four times the work in 2d).
+        device: cpu, cuda, mps, or auto.
+    """
+
+    name: str
+    datasets: tuple[Data, ...]
+    methods: tuple[Method, ...]
+    budget: Budget
+    seeds: tuple[int, ...] = (0,)
+    baseline: str | None = None
+    configuration: str = "2d"
+    mirroring: bool = True
+    device: str = "auto"
+
+
+def read_study(path: Path) -> Study:
+    """Read a study file.
+
+    Raises:
+        BadInput: with every problem of the file: unknown keys, trainers, converters, sites, missing downloads,
+            overlapping ids, an impossible budget.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with datasets, methods, seeds and budget.")
+    reader = _Reader(path)
+    study = reader.study(content)
+    if reader.problems or study is None:
+        raise BadInput(f"{path} is not a study", reader.problems)
+    return study
+
+
+class _Reader:
+    """Turns the file's content into dataclasses and collects what is wrong."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.problems: list[Problem] = []
+
+    def note(self, where: str, found: str, expected: str = "", fix: str = "") -> None:
+        self.problems.append(Problem(where, found, expected, fix))
+
+    def known(self, where: str, content: Any, cls: type) -> dict[str, Any]:
+        """Return the values whose keys the dataclass knows and whose types fit; lists become tuples."""
+        if not isinstance(content, dict):
+            self.note(where, repr(content), f"a mapping with {', '.join(item.name for item in fields(cls))}")
+            return {}
+        hints, found = typing.get_type_hints(cls), {}
+        for key, value in content.items():
+            if key not in hints:
+                self.note(where, f"unknown key '{key}'{nearest(str(key), hints)}")
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            expected = _misfit(value, hints[key])
+            if expected:
+                self.note(f"{where}, {key}", repr(value), expected)
+            else:
+                found[key] = value
+        return found
+
+    def entries(self, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Return the named entries under a key; there must be one at least."""
+        value = content.get(key)
+        if not isinstance(value, dict) or not value:
+            self.note(key, repr(value), "at least one named entry")
+            return {}
+        for name in value:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                self.note(f"{key}, {name}", "this name", "letters, digits, blanks, dots, dashes")
+        return {str(name): entry for name, entry in value.items()}
+
+    def study(self, content: dict[str, Any]) -> Study | None:
+        datasets = [self.data(name, entry) for name, entry in self.entries(content, "datasets").items()]
+        methods = [self.method(name, entry) for name, entry in self.entries(content, "methods").items()]
+        budget = self.budget(content.get("budget"))
+        nested = {"datasets", "methods", "budget"}
+        values = self.known("study", {key: value for key, value in content.items() if key not in nested}, Study)
+        names = [method.name for method in methods if method]
+        baseline = values.get("baseline")
+        if baseline is not None and baseline not in names:
+            self.note("baseline", f"no method '{baseline}'{nearest(baseline, names) if names else ''}")
+        self._ids([data for data in datasets if data])
+        seeds = values.get("seeds", (0,))
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            self.note("seeds", repr(list(seeds)), "different whole numbers from 0")
+        if values.get("device", "auto") not in ("auto", "cpu", "cuda", "mps"):
+            self.note("device", repr(values["device"]), "auto, cpu, cuda or mps")
+        if self.problems or budget is None:
+            return None
+        values.setdefault("name", self.path.stem)
+        return Study(
+            datasets=tuple(data for data in datasets if data),
+            methods=tuple(method for method in methods if method),
+            budget=budget,
+            **values,
+        )
+
+    def budget(self, content: Any) -> Budget | None:
+        values = self.known("budget", content, Budget)
+        given = {key: value for key, value in values.items() if value is not None}
+        if len(given) != 1 or next(iter(given.values())) <= 0:
+            self.note("budget", repr(content), "exactly one of minutes, epochs and iterations, above 0")
+            return None
+        return Budget(**given)
+
+    def method(self, name: str, content: Any) -> Method | None:
+        where = f"method {name}"
+        values = self.known(where, content, _named(Method))
+        trainer = values.get("trainer")
+        if trainer is None:
+            self.note(where, "no trainer", fix="Name one, e.g. trainer: nnUNetTrainer.")
+            return None
+        if trainer not in TRAINERS and trainer not in stock_trainers():
+            self.note(where, f"no trainer '{trainer}'{nearest(trainer, {*TRAINERS, *stock_trainers()})}")
+        plans = values.get("plans", "nnUNetPlans")
+        if plans not in PLANNERS:
+            self.note(where, f"no plans '{plans}'{nearest(plans, PLANNERS)}")
+        chosen = values.get("settings", {})
+        if chosen and trainer not in TRAINERS:
+            self.note(f"{where}, settings", f"{trainer} is not of this package", "no settings")
+        elif chosen:
+            self._settings(f"{where}, settings", trainer, chosen)
+        return Method(name=name, **values)
+
+    def _settings(self, where: str, trainer: str, chosen: Mapping[str, Any]) -> None:
+        for key in ("seed", "epochs"):
+            if key in chosen:
+                decides = "seeds" if key == "seed" else "budget"
+                self.note(where, f"{key}={chosen[key]}", fix=f"The study's {decides} decides.")
+        try:
+            settings.build(settings.settings_class(TRAINERS[trainer].settings), dict(chosen), where)
+        except BadInput as error:
+            self.problems += error.problems
+
+    def data(self, name: str, content: Any) -> Data | None:
+        from dataset_conversion._registry import CONVERTERS
+
+        where = f"dataset {name}"
+        values = self.known(where, content, _named(Data))
+        lacking = [key for key in ("convert", "first_id", "sources") if key not in values]
+        for key in lacking:
+            self.note(where, f"no {key}")
+        if lacking:
+            return None
+        if values["convert"] not in CONVERTERS:
+            self.note(where, f"no converter '{values['convert']}'{nearest(values['convert'], CONVERTERS)}")
+        else:
+            values["sources"] = self._sites(where, values["convert"], values["sources"])
+        if values.get("ratios") and not self._takes_ratio(values["convert"]):
+            self.note(f"{where}, ratios", f"dgplugins convert {values['convert']} has no --ratio", "no ratios")
+        if not all(0 < ratio <= 1 for ratio in values.get("ratios", ())):
+            self.note(f"{where}, ratios", repr(list(values["ratios"])), "shares above 0, at most 1")
+        if "download" in values:
+            values["download"] = self._folder(f"{where}, download", values["download"])
+        if "prepare" in values:
+            values["prepare"] = self._expanded(f"{where}, prepare", values["prepare"])
+            if "{download}" not in values["prepare"]:
+                self.note(f"{where}, prepare", values["prepare"], "{download} where the folder's name belongs")
+        if ("download" in values) == ("prepare" in values):
+            self.note(where, "download and prepare", "exactly one of them")
+        return Data(name=name, **values)
+
+    def _sites(self, where: str, converter: str, sources: tuple[str, ...]) -> tuple[str, ...]:
+        from dataset_conversion._registry import CONVERTERS
+
+        facts = importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").FACTS
+        found = []
+        for source in sources:
+            try:
+                found.append(facts.site(source).name)
+            except UserError as error:
+                self.note(f"{where}, sources", str(error))
+        if len(set(found)) != len(found) or not sources:
+            self.note(f"{where}, sources", repr(list(sources)), "different sites, one at least")
+        return tuple(found)
+
+    def _takes_ratio(self, converter: str) -> bool:
+        from dataset_conversion._registry import CONVERTERS
+
+        if converter not in CONVERTERS:
+            return True  # said already
+        command = importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").command
+        return any("--ratio" in option.opts for option in command.params)
+
+    def _expanded(self, where: str, text: str) -> str:
+        missing = [name for name in _VARIABLE.findall(text) if name not in os.environ]
+        if missing:
+            self.note(where, f"{', '.join(missing)} not set", fix="Export the variable, or write the path.")
+        return os.path.expandvars(text)
+
+    def _folder(self, where: str, text: str) -> str:
+        folder = Path(self._expanded(where, text)).expanduser()
+        folder = folder if folder.is_absolute() else (self.path.parent / folder).resolve()
+        if not folder.is_dir() and "$" not in str(folder):
+            self.note(where, f"no folder {folder}")
+        return str(folder)
+
+    def _ids(self, datasets: list[Data]) -> None:
+        owner: dict[int, str] = {}
+        for data in datasets:
+            for source, ratio, number in data.variants():
+                title = f"{data.name} {source}" + (f" {ratio:g}" if ratio else "")
+                if not 1 <= number <= 999:
+                    self.note(f"dataset {data.name}", f"id {number} for {title}", "1 to 999")
+                if number in owner:
+                    self.note(f"dataset {data.name}", f"id {number} for {title}", f"another: {owner[number]} has it")
+                owner[number] = title
+
+
+def stock_trainers() -> set[str]:
+    """Return the names of nnU-Net's own trainers, found in its files without importing torch."""
+    spec = importlib.util.find_spec("nnunetv2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("nnunetv2 is not installed.")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "training" / "nnUNetTrainer"
+    pattern = re.compile(r"^class (nnUNetTrainer\w*)\(", re.MULTILINE)
+    return {name for path in folder.rglob("*.py") for name in pattern.findall(path.read_text(encoding="utf-8"))}
+
+
+def _named(cls: type) -> type:
+    """Return the dataclass without its field ``name``, which is the key of the entry."""
+    from dataclasses import make_dataclass
+
+    hints = typing.get_type_hints(cls)
+    return make_dataclass(cls.__name__, [(key, kind) for key, kind in hints.items() if key != "name"])
+
+
+def _misfit(value: Any, hint: Any) -> str:
+    """Return what was expected where a value does not fit its declared type, "" where it does."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) not in (tuple, None) and not _is_mapping(hint) else (hint,)
+    if any(_fits(value, kind) for kind in kinds):
+        return ""
+    return " or ".join(_described(kind) for kind in kinds if kind is not type(None))
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if _is_mapping(kind):
+        return isinstance(value, dict)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _described(kind: Any) -> str:
+    if _is_mapping(kind):
+        return "a mapping"
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_described(typing.get_args(kind)[0])}s"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(kind, str(kind))

@@ -1,0 +1,185 @@
+"""From finished runs to one tidy table, the source x target matrix, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_dgplugins.files import write_bytes, write_json
+from nnunet_dgplugins.study.file import Study
+from nnunet_dgplugins.study.tasks import Run, Task
+
+if TYPE_CHECKING:
+    import pandas
+
+COLUMNS = ["method", "dataset", "source", "target", "ratio", "seed", "case", "patient", "class", "metric", "value"]
+UNSEEN, VALIDATION = "unseen", "validation"
+_RESAMPLES = 2000
+
+
+def collect(tasks: Sequence[Task]) -> pandas.DataFrame:
+    """Return every value of every finished run, one a line.
+
+    Returns:
+        Columns :data:`COLUMNS` and ``split``: ``validation`` for the source's held-out cases, ``unseen`` for others.
+    """
+    import pandas
+
+    runs = {task.run.folder: task.run for task in tasks if task.run}
+    parts = [part for run in runs.values() for part in _values(run)]
+    if not parts:
+        return pandas.DataFrame(columns=[*COLUMNS, "split"])
+    return pandas.concat(parts, ignore_index=True)[[*COLUMNS, "split"]]
+
+
+def _values(run: Run) -> list[pandas.DataFrame]:
+    import pandas
+
+    found = []
+    for file, split in (("source.csv", VALIDATION), ("unseen.csv", UNSEEN)):
+        if (run.folder / file).is_file():
+            part = pandas.read_csv(run.folder / file, dtype={"case": str, "patient": str})
+            labels = {"method": run.method, "dataset": run.dataset, "source": run.source, "seed": run.seed}
+            found.append(part.rename(columns={"site": "target"}).assign(**labels, ratio=run.ratio, split=split))
+    return found
+
+
+def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
+    """Return one number per method, source, target and seed: the mean over cases of the mean over classes.
+
+    The target ``mean unseen`` is the unweighted mean over the unseen sites.
+    """
+    import pandas
+
+    keys = ["dataset", "ratio", "source", "method", "seed", "split", "target"]
+    chosen = table[table["metric"] == metric]
+    cases = chosen.groupby([*keys, "case"], dropna=False, sort=False)["value"].mean().reset_index()
+    sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
+    unseen = sites[sites["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
+    return pandas.concat([sites, unseen.assign(target="mean unseen")], ignore_index=True)
+
+
+def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
+    """Return mean, standard deviation over seeds and their number for each method, source and target."""
+    keys = ["dataset", "ratio", "source", "method", "split", "target"]
+    grouped = by_seed(table, metric).groupby(keys, dropna=False, sort=False)["value"]
+    return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
+
+
+def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") -> pandas.DataFrame:
+    """Compare every method with the baseline on the same unseen cases.
+
+    A case's value is its mean over classes and seeds. Patients are drawn with replacement within each site, 2000
+    times; the interval is the middle 95 % of the mean difference over sites.
+
+    Returns:
+        Per dataset, ratio, source and method: ``difference``, ``low``, ``high``, ``cases``.
+    """
+    import pandas
+
+    keys = ["dataset", "ratio", "source"]
+    chosen = table[(table["metric"] == metric) & (table["split"] == UNSEEN)]
+    case = chosen.groupby([*keys, "method", "target", "patient", "case"], dropna=False, sort=False)["value"].mean()
+    wide = case.unstack("method")
+    rows: list[dict[str, Any]] = []
+    if baseline not in wide:
+        return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
+    for values, part in wide.groupby(level=keys, dropna=False, sort=False):
+        for method in wide.columns.drop(baseline):
+            gain = (part[method] - part[baseline]).dropna()
+            if len(gain):
+                where = dict(zip(keys, values, strict=True))
+                rows.append({**where, "method": method, **_interval(gain), "cases": len(gain)})
+    return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
+
+
+def _interval(gain: pandas.Series) -> dict[str, float]:
+    """Return the mean over sites of the mean gain, with its interval; ``gain`` is indexed by target, patient, case."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    drawn = np.zeros(_RESAMPLES)
+    middle = []
+    sites = list(gain.groupby(level="target"))
+    for _, part in sites:
+        patients = part.groupby(level="patient")
+        total, count = patients.sum().to_numpy(), patients.count().to_numpy()
+        chosen = random.integers(len(total), size=(_RESAMPLES, len(total)))
+        drawn += total[chosen].sum(1) / count[chosen].sum(1) / len(sites)
+        middle.append(total.sum() / count.sum())
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"difference": float(np.mean(middle)), "low": float(low), "high": float(high)}
+
+
+def cells(table: pandas.DataFrame, study: Study, metric: str = "dice") -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return what is printed: per dataset and ratio a title, the heading and the rows, as text."""
+    found = []
+    gains = differences(table, study.baseline, metric) if study.baseline else None
+    lines = matrix(table, metric)
+    for (dataset, ratio), part in lines.groupby(["dataset", "ratio"], dropna=False, sort=False):
+        title = f"{dataset}" + ("" if ratio != ratio or ratio is None else f", {ratio:g} of the labels")
+        targets = sorted(part.loc[part["target"] != "mean unseen", "target"].unique())
+        heading = ["source", "method", *targets, "mean unseen"]
+        if gains is not None:
+            heading.append(f"difference to {study.baseline} [95 %]")
+        rows = []
+        for (source, method), own in part.groupby(["source", "method"], sort=False):
+            values = own.set_index("target")
+            row = [str(source), str(method)]
+            row += [_cell(values, target) for target in [*targets, "mean unseen"]]
+            if gains is not None:
+                row.append(_gain(gains, dataset, ratio, source, method))
+            rows.append(row)
+        found.append((title, heading, rows))
+    return found
+
+
+def _cell(values: pandas.DataFrame, target: str) -> str:
+    if target not in values.index:
+        return "-"
+    row = values.loc[target]
+    text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
+    return f"({text})" if row["split"] == VALIDATION else text
+
+
+def _gain(gains: pandas.DataFrame, dataset: str, ratio: Any, source: str, method: str) -> str:
+    own = gains[(gains["dataset"] == dataset) & (gains["source"] == source) & (gains["method"] == method)]
+    own = own[own["ratio"].isna() if ratio is None or ratio != ratio else own["ratio"] == ratio]
+    if own.empty:
+        return "-"
+    row = own.iloc[0]
+    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
+def markdown(table: pandas.DataFrame, study: Study, metric: str = "dice") -> str:
+    """Return the matrix as markdown; brackets mark the source's own held-out cases."""
+    parts = []
+    for title, heading, rows in cells(table, study, metric):
+        lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)], *rows]
+        parts.append(f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(parts)
+
+
+def write_results(tasks: Sequence[Task], study: Study, out: Path) -> pandas.DataFrame:
+    """Write ``results.csv``, ``results.json`` and ``results.md`` from what is finished; return the tidy table."""
+    table = collect(tasks)
+    write_bytes(out / "results.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    if len(table):
+        content = {
+            "format": 1,
+            "study": study.name,
+            "budget": study.budget.words(),
+            "matrix": _records(matrix(table)),
+            "differences": _records(differences(table, study.baseline)) if study.baseline else [],
+            "values": _records(table),
+        }
+        write_json(out / "results.json", content)
+        write_bytes(out / "results.md", markdown(table, study).encode())
+    return table
+
+
+def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as plain JSON values; what is not defined is null."""
+    clean = table.astype(object).where(table.notna(), None)
+    return [dict(row) for row in clean.to_dict("records")]

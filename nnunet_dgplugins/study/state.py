@@ -1,0 +1,109 @@
+"""What is known of each task: done, failed, running. One small file per task, written in one step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.files import read_json, write_json
+from nnunet_dgplugins.study.tasks import Task, slug
+
+DONE, FAILED, RUNNING = "done", "failed", "running"
+#: seconds on two cores, until a task of the kind has been timed here
+_GUESSES = {"prepare": 20, "convert": 15, "plan": 30, "preprocess": 15, "embed": 40, "train": 180, "predict": 90}
+_TAIL = 15
+
+
+class State:
+    """The files of a study's folder that say how far it is.
+
+    Args:
+        out: folder of the study.
+    """
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def log(self, task: Task) -> Path:
+        """Return the file that receives a task's output; one task's next attempt replaces it."""
+        return self.out / "log" / f"{slug(task.name)}-{task.key[:8]}.txt"
+
+    def of(self, task: Task) -> str:
+        """Return ``done``, ``failed``, ``running`` or ``""``."""
+        return next((kind for kind in (DONE, RUNNING, FAILED) if self._file(kind, task).is_file()), "")
+
+    def is_done(self, task: Task) -> bool:
+        """Whether the task ended well, with the inputs it has now."""
+        return self._file(DONE, task).is_file()
+
+    def set(self, task: Task, kind: str, seconds: float = 0.0) -> None:
+        """Write a task's state; the other two are taken back."""
+        content = {"name": task.name, "kind": task.kind, "seconds": round(seconds, 1), "command": task.typed}
+        write_json(self._file(kind, task), {**content, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+        for other in {DONE, FAILED, RUNNING} - {kind}:
+            self._file(other, task).unlink(missing_ok=True)
+
+    def forget_running(self) -> None:
+        """Take back what a killed study left as running."""
+        for file in (self.out / "state" / RUNNING).glob("*.json"):
+            file.unlink()
+
+    def tail(self, task: Task) -> str:
+        """Return the last lines of a task's log."""
+        log = self.log(task)
+        if not log.is_file():
+            return ""
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:])
+
+    def expected(self, tasks: list[Task], training_minutes: float | None) -> dict[str, float]:
+        """Return seconds by key: the mean of finished tasks of the kind, else a guess."""
+        known: dict[str, list[float]] = {}
+        for task in tasks:
+            if self.is_done(task):
+                known.setdefault(task.kind, []).append(float(read_json(self._file(DONE, task))["seconds"]))
+        found = {}
+        for task in tasks:
+            guess = _GUESSES.get(task.kind.split()[0], 10.0)
+            if task.kind.startswith("train") and training_minutes:
+                guess = 60 * training_minutes + 30
+            found[task.key] = mean(known[task.kind]) if task.kind in known else guess
+        return found
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the study while it runs.
+
+        Raises:
+            UserError: another process runs it.
+        """
+        file = self.out / "study.pid"
+        running = self.runner()
+        if running:
+            raise UserError(f"Process {running} runs this study. Wait for it, or stop it with --cancel.")
+        write_json(file, os.getpid())
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+    def runner(self) -> int | None:
+        """Return the process that runs the study now, None if there is none."""
+        file = self.out / "study.pid"
+        if not file.is_file():
+            return None
+        number = int(read_json(file))
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return number
+        return number if number != os.getpid() else None
+
+    def _file(self, kind: str, task: Task) -> Path:
+        return self.out / "state" / kind / f"{task.key}.json"

@@ -1,0 +1,237 @@
+"""From a study to commands that a user could type, in an order in which they can run.
+
+Everything that decides a task's result is part of its key: its command, its environment and the keys of what it needs.
+A task whose stamp carries its key is done. Folders carry keys too, so a changed setting makes new results beside the
+old ones: nothing is overwritten, and going back costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunet_dgplugins import __version__, settings
+from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, content_hash, file_sha256
+from nnunet_dgplugins.registry import TRAINERS
+from nnunet_dgplugins.sam.models import get_model
+from nnunet_dgplugins.study.file import PLANNERS, Data, Method, Study
+
+#: stock commands take their threads and processes from here; none loads data in a process of its own, so that one seed
+#: gives one result
+_QUIET = {"nnUNet_def_n_proc": "1"}
+_PLANNING, _TRAINING = {**_QUIET, "nnUNet_n_proc_DA": "1"}, {**_QUIET, "nnUNet_n_proc_DA": "0"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training stands for in the tables.
+
+    Args:
+        method: name in the study.
+        dataset: collection.
+        source: site trained on.
+        ratio: labelled share, None for all.
+        seed: of everything random.
+        folder: receives ``source.csv`` and ``unseen.csv`` of ``dgplugins evaluate``.
+    """
+
+    method: str
+    dataset: str
+    source: str
+    ratio: float | None
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command.
+
+    Args:
+        name: for people; unique in a study.
+        kind: tasks of one kind take about the same time.
+        command: words.
+        environment: set for the command, over the study's own.
+        needs: keys of tasks that come before.
+        inputs: what else decides the result, such as the hash of a weight file.
+        run: the training it belongs to.
+    """
+
+    name: str
+    kind: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    inputs: str = ""
+    run: Run | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that decides the result."""
+        return content_hash([self.command, dict(self.environment), self.needs, self.inputs, __version__])
+
+    @property
+    def typed(self) -> str:
+        """The command as a user would type it."""
+        shown = {key: value for key, value in self.environment.items() if key.startswith("nnUNet_")}
+        return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in shown.items()), shlex.join(self.command)])
+
+
+def expand(study: Study, out: Path, device: str) -> list[Task]:
+    """Return every task of a study, each behind those it needs.
+
+    Args:
+        study: what to do.
+        out: folder of the study; nnU-Net's three folders of every dataset lie in it.
+        device: where training and prediction run.
+    """
+    tasks: list[Task] = []
+    for data in study.datasets:
+        tasks += _Collection(study, data, out, device).tasks()
+    return tasks
+
+
+def slug(text: str) -> str:
+    """Return text as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+
+
+class _Collection:
+    """Expands one collection."""
+
+    def __init__(self, study: Study, data: Data, out: Path, device: str):
+        self.study, self.data, self.out, self.device = study, data, out, device
+        # another download or other options are other data, in a folder of their own
+        mark = content_hash([data.convert, data.download, data.prepare, data.first_id, data.options])[:8]
+        self.folder = out / "data" / f"{slug(data.name)}-{mark}"
+        self.download = data.download or str(self.folder / "download")
+        self.made: list[Task] = []
+
+    def tasks(self) -> list[Task]:
+        needs: tuple[str, ...] = ()
+        if self.data.prepare:
+            words = [word.format(download=self.download) for word in shlex.split(self.data.prepare)]
+            needs = (self._add("prepare", "prepare", words),)
+        for source, ratio, number in self.data.variants():
+            _Variant(self, source, ratio, number).expand(needs)
+        return self.made
+
+    def _add(
+        self,
+        name: str,
+        kind: str,
+        command: Sequence[str],
+        needs: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        run: Run | None = None,
+        inputs: str = "",
+    ) -> str:
+        """Add a task, return its key."""
+        base = {RAW: self.folder / RAW, PREPROCESSED: self.folder / PREPROCESSED, RESULTS: self.folder / RESULTS}
+        folders = {key: str(value) for key, value in base.items()}
+        words = tuple(sys.executable if word == "python" else word for word in command)
+        task = Task(f"{self.data.name}: {name}", kind, words, {**folders, **(environment or {})}, needs, inputs, run)
+        self.made.append(task)
+        return task.key
+
+
+class _Variant:
+    """Expands one source and ratio of a collection: one nnU-Net dataset."""
+
+    def __init__(self, collection: _Collection, source: str, ratio: float | None, number: int):
+        self.all, self.study, self.source, self.ratio = collection, collection.study, source, ratio
+        self.id = str(number)
+        self.title = source + (f" {ratio:g}" if ratio else "")
+        facts = _facts(collection.data.convert)
+        self.dataset = f"Dataset{number:03d}_{facts.name}_{facts.site(source).name}"
+
+    def expand(self, needs: tuple[str, ...]) -> None:
+        data, configuration = self.all.data, self.study.configuration
+        convert = ["dgplugins", "convert", data.convert, self.all.download, "--id", self.id, "--source", self.source]
+        convert += [] if self.ratio is None else ["--ratio", f"{self.ratio:g}"]
+        converted = self.all._add(f"convert {self.title}", "convert", [*convert, *data.options], needs)
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", self.id, "-c", configuration, "--verify_dataset_integrity"]
+        planned = {
+            "nnUNetPlans": self.all._add(
+                f"plan {self.title}", "plan", [*plan, "-np", "1", "-npfp", "1", "--no_pbar"], (converted,), _PLANNING
+            )
+        }
+        for method in self.study.methods:
+            if method.plans not in planned:
+                words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans]]
+                planned[method.plans] = self.all._add(
+                    f"plan {self.title} {method.plans}", "plan again", words, (planned["nnUNetPlans"],), _PLANNING
+                )
+                words = ["nnUNetv2_preprocess", "-d", self.id, "-plans_name", method.plans, "-c", configuration]
+                planned[method.plans] = self.all._add(
+                    f"preprocess {self.title} {method.plans}", "preprocess", [*words, "-np", "1", "--no_pbar"],
+                    (planned[method.plans],), _PLANNING,
+                )  # fmt: skip
+            self._method(method, planned[method.plans])
+
+    def _method(self, method: Method, planned: str) -> None:
+        plans, ready, name = method.plans, planned, f"{self.title} {method.name}"
+        own = method.trainer in TRAINERS
+        if method.settings:
+            plans = f"{method.plans}_{slug(method.name)}_{content_hash(dict(method.settings))[:8]}"
+            words = ["dgplugins", "configure", self.id, "-tr", method.trainer, "-p", method.plans, "-o", plans, "--set"]
+            ready = self.all._add(f"configure {name}", "configure", [*words, *_set_words(method.settings)], (planned,))
+        if own and "sam" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
+            words = ["dgplugins", "embed", self.id, "-tr", method.trainer, "-p", plans, "--device", self.all.device]
+            ready = self.all._add(
+                f"embed {name}", f"embed {method.name}", [*words, "-c", self.study.configuration], (ready,),
+                inputs=_weights(str(method.settings.get("sam", "auto"))),
+            )  # fmt: skip
+        for seed in self.study.seeds:
+            self._run(method, plans, seed, ready)
+
+    def _run(self, method: Method, plans: str, seed: int, ready: str) -> None:
+        study, device, configuration = self.study, self.all.device, self.study.configuration
+        mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration])[:8]
+        parts = (f"{slug(self.all.data.name)}_{slug(self.title)}", slug(method.name), f"seed{seed}-{mark}")
+        folder = self.all.out.joinpath("runs", *parts)
+        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, folder)
+        own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
+        name, raw = f"{self.title} {method.name} seed {seed}", self.all.folder / RAW / self.dataset
+        where = ["-tr", method.trainer, "-p", plans, "-device", device]
+        train = ["python", "-m", "nnunet_dgplugins.budget", self.id, configuration, "0", *where]
+        train += [*study.budget.words(), "--seed", str(seed)]
+        trained = self.all._add(f"train {name}", f"train {method.name}", train, (ready,), own, run)
+        fold = folder / RESULTS / self.dataset / f"{method.trainer}__{plans}__{configuration}" / "fold_0"
+        source = ["dgplugins", "evaluate", self.id, str(fold / "validation"), "--labels", str(raw / "labelsTr")]
+        source += ["--partial", "--csv", str(folder / "source.csv")]
+        self.all._add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
+        predictions = str(folder / "predictions")
+        predict = ["nnUNetv2_predict", "-d", self.id, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
+        predict += ["-c", configuration, *where, "-npp", "0", "-nps", "0"]
+        predict += [] if study.mirroring else ["--disable_tta"]
+        predicted = self.all._add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
+        unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(folder / "unseen.csv")]
+        self.all._add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
+
+
+def _set_words(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def _weights(name: str) -> str:
+    """Say which weights a SAM trainer would read now; a large file is known by size and time instead of its bytes."""
+    model = get_model(name)
+    file = model.find()
+    if file is None:
+        return f"{model.name}, not found"
+    state = file.stat()
+    return file_sha256(file) if model.shipped else f"{file.name} {state.st_size} {state.st_mtime_ns}"
+
+
+def _facts(converter: str) -> Any:
+    from dataset_conversion._registry import CONVERTERS
+
+    return importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").FACTS

@@ -1,0 +1,161 @@
+"""A study file is read whole and refused whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nnunet_dgplugins.errors import BadInput, UserError
+from nnunet_dgplugins.study.file import Budget, read_study, stock_trainers
+from nnunet_dgplugins.study.tasks import Task, expand
+
+GOOD = {
+    "datasets": {
+        "phantom": {
+            "convert": "prostate-saml",
+            "prepare": "python -m nnunet_dgplugins.phantom {download}",
+            "first_id": 701,
+            "sources": ["RUNMC", "BMC"],
+        }
+    },
+    "methods": {
+        "stock": {"trainer": "nnUNetTrainer"},
+        "ResEnc M": {"trainer": "nnUNetTrainer", "plans": "nnUNetResEncUNetMPlans"},
+        "DeSAM box": {"trainer": "DeSAMTrainer", "settings": {"field_of_view": "source"}},
+    },
+    "baseline": "stock",
+    "seeds": [0, 1],
+    "budget": {"minutes": 1.5},
+}
+
+
+def written(folder: Path, **changes: object) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, **changes}, sort_keys=False))
+    return path
+
+
+def tasks_of(folder: Path, **changes: object) -> list[Task]:
+    return expand(read_study(written(folder, **changes)), folder / "out", "cpu")
+
+
+def test_a_good_file_is_read(tmp_path: Path):
+    study = read_study(written(tmp_path))
+    assert (study.name, study.seeds, study.baseline) == ("study", (0, 1), "stock")
+    assert study.budget == Budget(minutes=1.5)
+    assert study.budget.words() == ["--minutes", "1.5"]
+    assert study.datasets[0].variants() == [("RUNMC", None, 701), ("BMC", None, 702)]
+    assert dict(study.methods[2].settings) == {"field_of_view": "source"}
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path):
+    datasets = {
+        "a": {"convert": "prostate-sml", "download": "nowhere", "first_id": 999, "sources": ["RUNMC", "BMC"]},
+        "b": {"convert": "prostate-saml", "first_id": 999, "sources": ["Oslo"], "ratios": [2.0], "extra": 1},
+        "c": {"convert": "prostate-saml", "prepare": "make it", "first_id": "ten", "sources": ["UCL"]},
+        "d": {"convert": "prostate-saml", "download": "$NOT_SET_AT_ALL/x", "first_id": 5, "sources": ["UCL", "ucl"]},
+    }
+    methods = {
+        "one": {"trainer": "DeSAMTraner", "plans": "nnUNetPlan"},
+        "two": {"trainer": "nnUNetTrainer", "settings": {"sam": "vit_b"}},
+        "three": {"trainer": "DeSAMTrainer", "settings": {"epochs": 3, "smm": 1, "grid_size": 0}},
+        "four": {},
+    }
+    path = written(
+        tmp_path, datasets=datasets, methods=methods, budget={"minutes": 1, "epochs": 2}, seeds=[1, 1], baseline="five",
+        device="gpu", jobs=3,
+    )  # fmt: skip
+    with pytest.raises(BadInput) as error:
+        read_study(path)
+    text = str(error.value)
+    for part in (
+        "no converter 'prostate-sml'; did you mean 'prostate-saml'?",
+        "no folder",
+        "id 1000 for a BMC; expected 1 to 999",
+        "unknown site 'Oslo'",
+        "has no --ratio",
+        "shares above 0",
+        "unknown key 'extra'",
+        "exactly one of them",
+        "'ten'; expected whole number",
+        "NOT_SET_AT_ALL not set",
+        "different sites",
+        "no trainer 'DeSAMTraner'; did you mean 'DeSAMTrainer'?",
+        "no plans 'nnUNetPlan'; did you mean 'nnUNetPlans'?",
+        "nnUNetTrainer is not of this package",
+        "epochs=3",
+        "unknown setting 'smm'",
+        "grid_size",
+        "method four: no trainer",
+        "exactly one of minutes, epochs and iterations",
+        "different whole numbers",
+        "no method 'five'",
+        "auto, cpu, cuda or mps",
+        "unknown key 'jobs'",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("budget", [None, {}, {"minutes": 0}, {"epochs": -1}, {"epochs": 1.5}, {"hours": 1}])
+def test_an_impossible_budget_is_refused(tmp_path: Path, budget: object):
+    with pytest.raises(BadInput, match="budget"):
+        read_study(written(tmp_path, budget=budget))
+
+
+def test_something_else_than_a_study_is_refused(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="expected a mapping"):
+        read_study(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_study(tmp_path / "b.yaml")
+
+
+def test_stock_trainers_are_found_without_importing_them():
+    assert {"nnUNetTrainer", "nnUNetTrainerDA5"} <= stock_trainers()
+
+
+def test_every_task_comes_behind_what_it_needs_and_has_a_name_of_its_own(tmp_path: Path):
+    tasks = tasks_of(tmp_path)
+    seen: set[str] = set()
+    for task in tasks:
+        assert set(task.needs) <= seen
+        seen.add(task.key)
+    assert len({task.name for task in tasks}) == len(tasks)
+    kinds = [task.kind.split()[0] for task in tasks]
+    # 2 sources x (3 methods x 2 seeds), and per source two plans, one configure, one embed
+    assert [kinds.count(kind) for kind in ("prepare", "convert", "train", "predict", "evaluate")] == [1, 2, 12, 12, 24]
+    assert [kinds.count(kind) for kind in ("plan", "preprocess", "configure", "embed")] == [4, 2, 2, 2]
+
+
+def test_a_changed_setting_changes_only_what_depends_on_it(tmp_path: Path):
+    methods = {**GOOD["methods"], "DeSAM box": {"trainer": "DeSAMTrainer", "settings": {"field_of_view": "slice"}}}
+    before, after = ({task.name: task.key for task in tasks_of(tmp_path, **c)} for c in ({}, {"methods": methods}))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if "DeSAM box" in name}
+
+
+def test_another_budget_trains_again_and_converts_nothing_again(tmp_path: Path):
+    before, after = ({task.name: task for task in tasks_of(tmp_path, **c)} for c in ({}, {"budget": {"epochs": 2}}))
+    changed = {task.kind.split()[0] for name, task in before.items() if task.key != after[name].key}
+    assert changed == {"train", "predict", "evaluate"}
+
+
+def test_another_seed_adds_runs_and_leaves_the_others(tmp_path: Path):
+    before, after = ({task.key for task in tasks_of(tmp_path, seeds=seeds)} for seeds in ([0, 1], [0, 1, 2]))
+    assert before < after
+
+
+def test_commands_are_stock_nnunets_and_ours(tmp_path: Path):
+    words = {task.command[0] for task in tasks_of(tmp_path)}
+    assert {Path(word).name.rstrip("0123456789.") for word in words} == {
+        "python", "dgplugins", "nnUNetv2_plan_and_preprocess", "nnUNetv2_plan_experiment", "nnUNetv2_preprocess",
+        "nnUNetv2_predict",
+    }  # fmt: skip
+    train = next(task for task in tasks_of(tmp_path) if task.kind == "train stock")
+    assert train.typed.startswith("nnUNet_raw=")
+    assert train.typed.endswith("nnunet_dgplugins.budget 701 2d 0 -tr nnUNetTrainer -p nnUNetPlans -device cpu "
+                                "--minutes 1.5 --seed 0")  # fmt: skip

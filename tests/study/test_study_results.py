@@ -1,0 +1,112 @@
+"""The matrix, its spread, and paired differences, from runs' files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+
+from nnunet_dgplugins.study.file import Budget, Data, Method, Study
+from nnunet_dgplugins.study.results import by_seed, collect, differences, markdown, matrix, write_results
+from nnunet_dgplugins.study.tasks import Run, Task
+
+STUDY = Study(
+    name="made",
+    datasets=(Data("d", "prostate-saml", 701, ("A",), prepare="x {download}"),),
+    methods=(Method("stock", "nnUNetTrainer"), Method("ours", "DeSAMTrainer")),
+    budget=Budget(epochs=1),
+    seeds=(0, 1),
+    baseline="stock",
+)
+SITES = {"B": 4, "C": 2}
+GAIN = {"B": 0.1, "C": 0.3}
+
+
+def made(out: Path, skip: tuple[str, int] | None = None) -> list[Task]:
+    """Runs of two methods and seeds whose Dice is known by hand."""
+    tasks = []
+    for method in ("stock", "ours"):
+        for seed in (0, 1):
+            folder = out / "runs" / method / str(seed)
+            run = Run(method, "d", "A", None, seed, folder)
+            tasks.append(Task(f"{method} {seed}", "train", ("true", method, str(seed)), run=run))
+            if (method, seed) == skip:
+                continue
+            folder.mkdir(parents=True)
+            rows = []
+            for site, count in {"A": 2, **SITES}.items():
+                for number in range(count):
+                    value = 0.5 + 0.01 * number + 0.02 * seed + (GAIN.get(site, 0) if method == "ours" else 0)
+                    rows += [
+                        (f"{site}{number}", site, f"{site}/{number}", "organ", "dice", value),
+                        (f"{site}{number}", site, f"{site}/{number}", "organ", "hd95", 10 * value),
+                    ]
+            table = pandas.DataFrame(rows, columns=["case", "site", "patient", "class", "metric", "value"])
+            table[table["site"] == "A"].to_csv(folder / "source.csv", index=False)
+            table[table["site"] != "A"].to_csv(folder / "unseen.csv", index=False)
+    return tasks
+
+
+def test_every_value_is_one_line_with_its_run(tmp_path: Path):
+    table = collect(made(tmp_path))
+    assert len(table) == 2 * 2 * (2 + 4 + 2) * 2
+    assert set(table["split"]) == {"validation", "unseen"}
+    assert not table.duplicated(["method", "seed", "case", "class", "metric"]).any()
+
+
+def test_the_matrix_has_mean_and_spread_over_seeds(tmp_path: Path):
+    lines = matrix(collect(made(tmp_path))).set_index(["method", "target"])
+    # site B, stock: cases 0.50 to 0.53, seeds 0.02 apart
+    assert lines.loc[("stock", "B"), "mean"] == pytest.approx(0.525)
+    assert lines.loc[("stock", "B"), "sd"] == pytest.approx(0.02 / 2**0.5)
+    assert lines.loc[("stock", "B"), "seeds"] == 2
+    # sites weigh equally however many cases they have
+    assert lines.loc[("ours", "mean unseen"), "mean"] == pytest.approx((0.525 + 0.1 + 0.515 + 0.3) / 2)
+    assert lines.loc[("ours", "A"), "split"] == "validation"
+
+
+def test_differences_are_paired_by_case_and_weigh_sites_equally(tmp_path: Path):
+    (row,) = differences(collect(made(tmp_path)), "stock").to_dict("records")
+    assert row["method"] == "ours"
+    assert row["difference"] == pytest.approx(0.2)
+    # the gain is the same for all cases of a site, so drawing patients changes nothing
+    assert row["low"] == pytest.approx(0.2)
+    assert row["high"] == pytest.approx(0.2)
+    assert row["cases"] == 6
+
+
+def test_an_interval_covers_the_spread_of_patients(tmp_path: Path):
+    tasks = made(tmp_path)
+    file = tmp_path / "runs" / "ours" / "0" / "unseen.csv"
+    table = pandas.read_csv(file)
+    table.loc[(table["case"] == "B3") & (table["metric"] == "dice"), "value"] -= 0.4
+    table.to_csv(file, index=False)
+    (row,) = differences(collect(tasks), "stock").to_dict("records")
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["difference"] == pytest.approx(0.2 - 0.4 / 2 / 4 / 2)
+
+
+def test_unfinished_runs_are_left_out(tmp_path: Path):
+    table = collect(made(tmp_path, skip=("ours", 1)))
+    counts = by_seed(table).groupby("method")["seed"].nunique().to_dict()
+    assert counts == {"stock": 2, "ours": 1}
+    assert "0.625 |" in markdown(table, STUDY).replace(" ± ", "±") or "0.615 |" in markdown(table, STUDY)
+
+
+def test_the_files_hold_what_is_printed(tmp_path: Path):
+    table = write_results(made(tmp_path), STUDY, tmp_path)
+    assert len(pandas.read_csv(tmp_path / "results.csv")) == len(table)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["differences"][0]["difference"] == pytest.approx(0.2)
+    assert len(content["values"]) == len(table)
+    text = (tmp_path / "results.md").read_text()
+    assert "difference to stock" in text
+    assert "(0.515 ± 0.014)" in text  # the source's own cases stand in brackets
+    assert "+0.200 [+0.200, +0.200]" in text
+
+
+def test_nothing_finished_gives_an_empty_table(tmp_path: Path):
+    tasks = [Task("t", "train", ("true",), run=Run("stock", "d", "A", None, 0, tmp_path / "none"))]
+    assert write_results(tasks, STUDY, tmp_path).empty
