@@ -177,7 +177,7 @@ def resolve(cls: type[T], plans: Mapping[str, Any], configuration: str, trainer:
     """Resolve a trainer's settings along the one road: defaults, plans file, ``DGPLUGINS_SETTINGS``."""
     values = configuration_block(plans, configuration, trainer)
     where = f"{trainer} (plans {plans.get('plans_name', '?')}, configuration {configuration})"
-    trial = _trial_file()
+    trial = trial_settings()
     if trial.get(trainer):
         where += f" and {os.environ[VARIABLE]}"
     return build(cls, {**values, **trial.get(trainer, {})}, where)
@@ -203,7 +203,12 @@ def parse_value(text: str) -> Any:
     return value
 
 
-def _trial_file() -> dict[str, Any]:
+def trial_settings() -> dict[str, Any]:
+    """Return the content of the file named by ``DGPLUGINS_SETTINGS``, empty without one.
+
+    Raises:
+        UserError: it cannot be read, or names an unknown trainer.
+    """
     path = os.environ.get(VARIABLE)
     if not path:
         return {}

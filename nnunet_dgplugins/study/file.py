@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins import settings
+from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
 from nnunet_dgplugins.registry import TRAINERS
 
@@ -23,27 +24,8 @@ PLANNERS = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long each training lasts: exactly one of the three.
-
-    Args:
-        minutes: training time, online validation included.
-        epochs: nnU-Net's epochs; passes over the data in trainers of this package.
-        iterations: optimiser steps.
-    """
-
-    minutes: float | None = None
-    epochs: int | None = None
-    iterations: int | None = None
-
-    def words(self) -> list[str]:
-        """Return the option and its value, as typed."""
-        return next([f"--{item.name}", f"{value:g}"] for item in fields(self) if (value := getattr(self, item.name)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +160,7 @@ class _Reader:
             return {}
         for name in value:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                self.note(f"{key}, {name}", "this name", "letters, digits, blanks, dots, dashes")
+                self.note(f"{key}, {name}", "this name", "letters, digits, blanks, dots, dashes, brackets")
         return {str(name): entry for name, entry in value.items()}
 
     def study(self, content: dict[str, Any]) -> Study | None:

@@ -90,7 +90,7 @@ def test_a_refusal_is_one_sentence_at_the_end_of_the_command(real_size_world: Wo
 def test_training_for_a_time_by_command_leaves_a_validated_model(real_size_world: World):
     done = subprocess.run(
         [sys.executable, "-m", "nnunet_dgplugins.budget", str(real_size_world.number), "2d", "0",
-         "--minutes", "0.03", "--iterations", "3", "-device", "cpu"],
+         "--minutes", "0.03", "--epoch-steps", "3", "-device", "cpu"],
         env=dict(os.environ), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
