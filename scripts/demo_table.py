@@ -81,21 +81,6 @@ def mean_dice(table: pandas.DataFrame, site: str | None = None) -> float:
     return float((found if site is None else found[found["site"] == site])["value"].mean())
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """Return Dice by column: the source's validation cases, each unseen site, and the mean of the unseen sites.
-
-    Args:
-        folder: holds what ``dgplugins evaluate --csv`` wrote: ``unseen.csv`` and, where there is one, ``source.csv``.
-    """
-    import pandas
-
-    unseen = pandas.read_csv(folder / "unseen.csv")
-    sites = {site: mean_dice(unseen, site) for site in sorted(set(unseen["site"]))}
-    own = pandas.read_csv(folder / "source.csv") if (folder / "source.csv").is_file() else None
-    source = {} if own is None else {f"{', '.join(sorted(set(own['site'])))} (validation)": mean_dice(own)}
-    return {**source, **sites, "mean unseen": sum(sites.values()) / len(sites)}
-
-
 def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spent: float) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -209,7 +209,11 @@ class _Reader:
         plans = values.get("plans", "nnUNetPlans")
         if plans not in PLANNERS:
             self.note(where, f"no plans '{plans}'{nearest(plans, PLANNERS)}")
-        chosen = values.get("settings", {})
+        chosen = {
+            key: self._expanded(f"{where}, {key}", value) if isinstance(value, str) else value
+            for key, value in values.get("settings", {}).items()
+        }
+        values["settings"] = chosen
         if chosen and trainer not in TRAINERS:
             self.note(f"{where}, settings", f"{trainer} is not of this package", "no settings")
         elif chosen:

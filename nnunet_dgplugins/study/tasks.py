@@ -163,6 +163,7 @@ class _Variant:
                 f"plan {self.title}", "plan", [*plan, "-np", "1", "-npfp", "1", "--no_pbar"], (converted,), _PLANNING
             )
         }
+        ready: list[tuple[Method, str, str]] = []
         for method in self.study.methods:
             if method.plans not in planned:
                 words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans]]
@@ -174,9 +175,13 @@ class _Variant:
                     f"preprocess {self.title} {method.plans}", "preprocess", [*words, "-np", "1", "--no_pbar"],
                     (planned[method.plans],), _PLANNING,
                 )  # fmt: skip
-            self._method(method, planned[method.plans])
+            ready.append((method, *self._settings(method, planned[method.plans])))
+        for seed in self.study.seeds:  # seeds outside: what is finished early can be compared early
+            for method, plans, key in ready:
+                self._run(method, plans, seed, key)
 
-    def _method(self, method: Method, planned: str) -> None:
+    def _settings(self, method: Method, planned: str) -> tuple[str, str]:
+        """Add what a method needs before its trainings; return the name of its plans and the key to wait for."""
         plans, ready, name = method.plans, planned, f"{self.title} {method.name}"
         own = method.trainer in TRAINERS
         if method.settings:
@@ -189,8 +194,7 @@ class _Variant:
                 f"embed {name}", f"embed {method.name}", [*words, "-c", self.study.configuration], (ready,),
                 inputs=_weights(str(method.settings.get("sam", "auto"))),
             )  # fmt: skip
-        for seed in self.study.seeds:
-            self._run(method, plans, seed, ready)
+        return plans, ready
 
     def _run(self, method: Method, plans: str, seed: int, ready: str) -> None:
         study, device, configuration = self.study, self.all.device, self.study.configuration

@@ -159,3 +159,14 @@ def test_commands_are_stock_nnunets_and_ours(tmp_path: Path):
     assert train.typed.startswith("nnUNet_raw=")
     assert train.typed.endswith("nnunet_dgplugins.budget 701 2d 0 -tr nnUNetTrainer -p nnUNetPlans -device cpu "
                                 "--minutes 1.5 --seed 0")  # fmt: skip
+
+
+def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RANDOM_SAM", "/somewhere/random.safetensors")
+    monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
+    files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+    assert [file.stem for file in files] == ["desam", "encoders"]
+    for file in files:
+        study = read_study(file)
+        assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
+    assert study.methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
