@@ -118,12 +118,12 @@ class _Collection:
         needs: tuple[str, ...] = ()
         if self.data.prepare:
             words = [word.format(download=self.download) for word in shlex.split(self.data.prepare)]
-            needs = (self._add("prepare", "prepare", words),)
+            needs = (self.add("prepare", "prepare", words),)
         for source, ratio, number in self.data.variants():
             _Variant(self, source, ratio, number).expand(needs)
         return self.made
 
-    def _add(
+    def add(
         self,
         name: str,
         kind: str,
@@ -156,10 +156,10 @@ class _Variant:
         data, configuration = self.all.data, self.study.configuration
         convert = ["dgplugins", "convert", data.convert, self.all.download, "--id", self.id, "--source", self.source]
         convert += [] if self.ratio is None else ["--ratio", f"{self.ratio:g}"]
-        converted = self.all._add(f"convert {self.title}", "convert", [*convert, *data.options], needs)
+        converted = self.all.add(f"convert {self.title}", "convert", [*convert, *data.options], needs)
         plan = ["nnUNetv2_plan_and_preprocess", "-d", self.id, "-c", configuration, "--verify_dataset_integrity"]
         planned = {
-            "nnUNetPlans": self.all._add(
+            "nnUNetPlans": self.all.add(
                 f"plan {self.title}", "plan", [*plan, "-np", "1", "-npfp", "1", "--no_pbar"], (converted,), _PLANNING
             )
         }
@@ -167,11 +167,11 @@ class _Variant:
         for method in self.study.methods:
             if method.plans not in planned:
                 words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans]]
-                planned[method.plans] = self.all._add(
+                planned[method.plans] = self.all.add(
                     f"plan {self.title} {method.plans}", "plan again", words, (planned["nnUNetPlans"],), _PLANNING
                 )
                 words = ["nnUNetv2_preprocess", "-d", self.id, "-plans_name", method.plans, "-c", configuration]
-                planned[method.plans] = self.all._add(
+                planned[method.plans] = self.all.add(
                     f"preprocess {self.title} {method.plans}", "preprocess", [*words, "-np", "1", "--no_pbar"],
                     (planned[method.plans],), _PLANNING,
                 )  # fmt: skip
@@ -187,10 +187,10 @@ class _Variant:
         if method.settings:
             plans = f"{method.plans}_{slug(method.name)}_{content_hash(dict(method.settings))[:8]}"
             words = ["dgplugins", "configure", self.id, "-tr", method.trainer, "-p", method.plans, "-o", plans, "--set"]
-            ready = self.all._add(f"configure {name}", "configure", [*words, *_set_words(method.settings)], (planned,))
+            ready = self.all.add(f"configure {name}", "configure", [*words, *_set_words(method.settings)], (planned,))
         if own and "sam" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
             words = ["dgplugins", "embed", self.id, "-tr", method.trainer, "-p", plans, "--device", self.all.device]
-            ready = self.all._add(
+            ready = self.all.add(
                 f"embed {name}", f"embed {method.name}", [*words, "-c", self.study.configuration], (ready,),
                 inputs=_weights(str(method.settings.get("sam", "auto"))),
             )  # fmt: skip
@@ -207,18 +207,18 @@ class _Variant:
         where = ["-tr", method.trainer, "-p", plans, "-device", device]
         train = ["python", "-m", "nnunet_dgplugins.budget", self.id, configuration, "0", *where]
         train += [*study.budget.words(), "--seed", str(seed)]
-        trained = self.all._add(f"train {name}", f"train {method.name}", train, (ready,), own, run)
+        trained = self.all.add(f"train {name}", f"train {method.name}", train, (ready,), own, run)
         fold = folder / RESULTS / self.dataset / f"{method.trainer}__{plans}__{configuration}" / "fold_0"
         source = ["dgplugins", "evaluate", self.id, str(fold / "validation"), "--labels", str(raw / "labelsTr")]
         source += ["--partial", "--csv", str(folder / "source.csv")]
-        self.all._add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
+        self.all.add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
         predictions = str(folder / "predictions")
         predict = ["nnUNetv2_predict", "-d", self.id, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
         predict += ["-c", configuration, *where, "-npp", "0", "-nps", "0"]
         predict += [] if study.mirroring else ["--disable_tta"]
-        predicted = self.all._add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
+        predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
         unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(folder / "unseen.csv")]
-        self.all._add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
+        self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
 
 
 def _set_words(values: Mapping[str, Any]) -> list[str]:
