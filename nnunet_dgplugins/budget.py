@@ -3,11 +3,14 @@
 ``python -m nnunet_dgplugins.budget 501 2d 0 -tr nnUNetTrainer --minutes 3 --seed 0 -device cpu``
 
 The trainer class, its hooks and its result folder are untouched: only the loop is ours. The newest state is saved after
-every epoch, in one step; a finished training is not repeated, an interrupted validation is.
+every epoch, in one step. Run again, the same command goes on from the newest readable checkpoint, does not train a
+finished fold again, and completes a validation that was interrupted.
 
-One seed drives initialisation, sampling and augmentation. The same seed gives the same weights on one kind of CPU with
-the same number of threads and nnU-Net's single-process loader (``nnUNet_n_proc_DA=0``), also after a kill where the
-budget counts epochs or iterations. With worker processes, on CUDA, or with a budget of minutes, runs differ.
+One seed drives initialisation, sampling and augmentation; it is set anew from (seed, epoch) at every epoch. With
+``--epochs`` or ``--iterations``, nnU-Net's single-process loader (``nnUNet_n_proc_DA=0``), one kind of CPU and the same
+number of threads, the same seed gives the same weights to the last bit, also after a kill. Not covered: loaders with
+worker processes (they take their seeds from the system), CUDA, ``--minutes`` (the steps that fit differ), and cascades
+(nnU-Net's augmentation of the earlier stage's masks keeps an order of channels from epoch to epoch).
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +32,9 @@ import click
 
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json, replacing, write_json
+from nnunet_dgplugins.locks import held
 
-_LATEST, _FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
+_LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 _ENDLESS = 1_000_000  # epochs, until the time is known
 
 
@@ -53,11 +59,15 @@ class Budget:
 
     def words(self) -> list[str]:
         """Return the option and its value, as typed."""
-        return next([f"--{f.name}", f"{value:g}"] for f in fields(self) if (value := getattr(self, f.name)) is not None)
+        return next(
+            [f"--{f.name}", f"{value:.12g}"] for f in fields(self) if (value := getattr(self, f.name)) is not None
+        )
 
 
 class ShareSchedule:
-    """Polynomial decay over the share of the budget that is left; ``step`` is called once per epoch, as nnU-Net does.
+    """Polynomial decay over the share of the budget that is left; ``step`` is called before every training step.
+
+    An epoch may be a large part of a short budget, so that a rate set once per epoch would hardly fall.
 
     Args:
         optimizer: the trainer's optimiser.
@@ -66,7 +76,7 @@ class ShareSchedule:
         exponent: nnU-Net's 0.9.
     """
 
-    def __init__(self, optimizer: Any, initial_lr: float, left: Any, exponent: float = 0.9):
+    def __init__(self, optimizer: Any, initial_lr: float, left: Callable[[], float], exponent: float = 0.9):
         self.optimizer, self.initial_lr, self.left, self.exponent = optimizer, initial_lr, left, exponent
 
     def step(self, epoch: int | None = None) -> None:
@@ -79,7 +89,7 @@ class BudgetRun:
     """One training of a constructed, not yet initialised trainer.
 
     Args:
-        trainer: nnU-Net trainer; a checkpoint may be loaded already.
+        trainer: nnU-Net trainer.
         budget: how long.
         seed: of everything random; trainers of this package also have it as their setting.
         epoch_steps: steps per epoch. Trainers of this package, whose epochs are passes over the data, keep their own.
@@ -93,24 +103,29 @@ class BudgetRun:
         self.own = isinstance(trainer, DGTrainer)
         trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epoch_steps, validation_steps
         trainer.num_epochs = budget.epochs or _ENDLESS
+        self._steps_in_epoch = 0
         if not self.own:
-            trainer.save_every = 1
-            self._save_in_one_step()
-        self.before = 0.0
-        self.started = math.inf
+            trainer.save_every = _ENDLESS  # nnU-Net saves before the best value is updated, we do it behind that
+            _save_in_one_step(trainer)
+            _blur_in_one_way(trainer)
 
-    def _save_in_one_step(self) -> None:
-        write = self.trainer.save_checkpoint
+    def initialize(self) -> None:
+        """Build the network from the seed."""
+        from nnunet_dgplugins.trainers.base import seed_everything
 
-        def save(filename: str) -> None:
-            with replacing(filename) as temporary:
-                write(str(temporary))
-
-        self.trainer.save_checkpoint = save
+        seed_everything(self.seed, 0)
+        if not self.trainer.was_initialized:
+            self.trainer.initialize()
 
     def seconds(self) -> float:
-        """Return the time spent in epochs, those of earlier sessions included."""
-        return self.before + max(0.0, time.monotonic() - self.started)
+        """Return the time of training and online validation, earlier sessions included.
+
+        The log of epochs is part of every checkpoint: what a killed epoch has used is forgotten with its steps.
+        """
+        log = self.trainer.logger.get_checkpoint()
+        starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
+        now = [time.time()] if len(starts) > len(ends) else []
+        return sum(max(0.0, end - start) for start, end in zip(starts, [*ends, *now], strict=True))
 
     def left(self) -> float:
         """Return the share of the budget that is left, 0 to 1."""
@@ -118,48 +133,58 @@ class BudgetRun:
         if budget.minutes:
             return max(0.0, 1 - self.seconds() / (60 * budget.minutes))
         if budget.iterations:
-            return max(0.0, 1 - trainer.current_epoch * trainer.num_iterations_per_epoch / budget.iterations)
+            done = trainer.current_epoch * trainer.num_iterations_per_epoch + self._steps_in_epoch
+            return max(0.0, 1 - done / budget.iterations)
         return max(0.0, 1 - trainer.current_epoch / trainer.num_epochs)
 
     def train(self) -> int:
-        """Train until the budget is spent, and write the final checkpoint; returns the steps of this session."""
+        """Train until the budget is spent, and write the final checkpoint; returns the steps of this session.
+
+        A budget of minutes is overrun by at most one step and the last online validation.
+        """
+        trainer, steps = self.trainer, 0
+        self.initialize()
+        trainer.on_train_start()
+        if not self.budget.epochs:
+            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left)
+        while self.left() > 0:
+            steps += self._epoch()
+        trainer.num_epochs = trainer.current_epoch
+        trainer.on_train_end()
+        return steps
+
+    def _epoch(self) -> int:
         import torch
 
         from nnunet_dgplugins.trainers.base import seed_everything
 
-        trainer, steps = self.trainer, 0
-        seed_everything(self.seed, 0)
-        trainer.on_train_start()
-        self.before = _spent(trainer)
-        if not self.budget.epochs:
-            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left)
-        self.started = time.monotonic()
-        while self.left() > 0:
-            trainer.on_epoch_start()
-            if not self.own:  # ours reseed themselves
-                seed_everything(self.seed, trainer.current_epoch + 1)
-            trainer.on_train_epoch_start()
-            outputs = []
-            for _ in range(self._steps_of_epoch()):
-                outputs.append(trainer.train_step(next(trainer.dataloader_train)))
-                if self.budget.minutes and not self.left():
-                    break
-            steps += len(outputs)
-            trainer.on_train_epoch_end(outputs)
-            with torch.no_grad():
-                trainer.on_validation_epoch_start()
-                trainer.on_validation_epoch_end(
-                    [
-                        trainer.validation_step(next(trainer.dataloader_val))
-                        for _ in range(trainer.num_val_iterations_per_epoch)
-                    ]
-                )
-            self._guess_epochs()
-            trainer.on_epoch_end()
-            self._say()
-        trainer.num_epochs = trainer.current_epoch
-        trainer.on_train_end()
-        return steps
+        trainer = self.trainer
+        trainer.on_epoch_start()
+        if not self.own:  # ours reseed themselves
+            seed_everything(self.seed, trainer.current_epoch + 1)
+        trainer.on_train_epoch_start()
+        outputs = []
+        for _ in range(self._steps_of_epoch()):
+            if not self.budget.epochs:
+                trainer.lr_scheduler.step()
+            outputs.append(trainer.train_step(next(trainer.dataloader_train)))
+            self._steps_in_epoch += 1
+            if self.budget.minutes and not self.left():
+                break
+        trainer.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end(
+                [
+                    trainer.validation_step(next(trainer.dataloader_val))
+                    for _ in range(trainer.num_val_iterations_per_epoch)
+                ]
+            )
+        self._guess_epochs()
+        trainer.on_epoch_end()
+        self._steps_in_epoch = 0
+        self._say_and_save()
+        return len(outputs)
 
     def _steps_of_epoch(self) -> int:
         per_epoch = int(self.trainer.num_iterations_per_epoch)
@@ -168,30 +193,41 @@ class BudgetRun:
         return min(per_epoch, self.budget.iterations - self.trainer.current_epoch * per_epoch)
 
     def _guess_epochs(self) -> None:
-        """Give the trainer a number of epochs to say the time left by, before the epoch it ends is counted."""
-        trainer = self.trainer
+        """Give the trainer the number of epochs that this speed leads to; ours say the time left by it."""
         if not self.budget.epochs:
-            spent = 1 - self.left()
-            trainer.num_epochs = max(
-                trainer.current_epoch + 2, math.ceil((trainer.current_epoch + 1) / max(spent, 1e-6))
-            )
+            done, left = self.trainer.current_epoch + 1, self.left()
+            self.trainer.num_epochs = max(done + 1, math.ceil(done / (1 - left))) if left else done
 
-    def _say(self) -> None:
+    def _say_and_save(self) -> None:
+        """Do for other trainers what ours do in their ``on_epoch_end``."""
+        trainer, left = self.trainer, self.left()
         if self.own:
-            return  # says so itself
-        left = self.left()
-        seconds = self.seconds() * left / max(1 - left, 1e-6)
-        done = f"Epoch {self.trainer.current_epoch} done, {100 * (1 - left):.0f} % of the budget"
-        self.trainer.print_to_log_file(f"{done}, about {seconds:.0f} s left.")
+            return
+        seconds = self.seconds() * left / (1 - left)
+        share = f"Epoch {trainer.current_epoch} done, {100 * (1 - left):.0f} % of the budget"
+        trainer.print_to_log_file(f"{share}, about {timedelta(seconds=round(seconds))} (h:mm:ss) left.")
+        if left:  # the final checkpoint follows otherwise
+            # save_checkpoint counts from the running epoch, which nnU-Net has just advanced
+            trainer.current_epoch -= 1
+            trainer.save_checkpoint(str(Path(trainer.output_folder) / _LATEST))
+            trainer.current_epoch += 1
 
 
-def _spent(trainer: Any) -> float:
-    """Return the seconds of the epochs that a loaded checkpoint has behind it."""
-    if trainer.current_epoch == 0:
-        return 0.0
-    log = trainer.logger.get_checkpoint()
-    pairs = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
-    return float(sum(end - start for start, end in pairs))
+def _save_in_one_step(trainer: Any) -> None:
+    write = trainer.save_checkpoint
+
+    def save(filename: str) -> None:
+        with replacing(filename) as temporary:
+            write(str(temporary))
+
+    trainer.save_checkpoint = save
+
+
+def _blur_in_one_way(trainer: Any) -> None:
+    from nnunet_dgplugins.data.augmentation import without_timing
+
+    make = trainer.get_training_transforms
+    trainer.get_training_transforms = lambda *arguments, **options: without_timing(make(*arguments, **options))
 
 
 def train_or_continue(
@@ -203,57 +239,76 @@ def train_or_continue(
         Optimiser steps of this session.
 
     Raises:
-        UserError: the fold was started with another budget or seed, or another process trains it now.
+        UserError: the fold was started with another budget or seed or by another command, another process trains it
+            now, or none of its checkpoints can be read.
     """
     folder = Path(trainer.output_folder)
-    with _alone(folder):
-        _claim(folder / "budget.json", {**budget.__dict__, "seed": seed, "epoch_steps": epoch_steps})
+    with held(folder / "budget.lock", f"trains {folder}"):
+        for half_written in folder.glob(".tmp-*"):  # by a process that was killed while saving
+            half_written.unlink(missing_ok=True)
         run = BudgetRun(trainer, budget, seed, epoch_steps, validation_steps)
-        if (folder / _FINAL).is_file():
-            if (folder / "validation" / "summary.json").is_file():
-                trainer.print_to_log_file(f"{folder / _FINAL} is there, and so is its validation: nothing to do.")
-                return 0
-            trainer.load_checkpoint(str(folder / _FINAL))
-            steps = 0
-        else:
-            if (folder / _LATEST).is_file():
-                from nnunet_dgplugins.trainers.base import seed_everything
-
-                seed_everything(seed, 0)
-                trainer.load_checkpoint(str(folder / _LATEST))
+        steps_asked = {} if run.own else {"epoch_steps": epoch_steps, "validation_steps": validation_steps}
+        _claim(folder, {**asdict(budget), "seed": seed, **steps_asked})
+        found, steps = _newest_checkpoint(folder), 0
+        if found and found.name == _FINAL and _is_validated(folder):
+            trainer.print_to_log_file(f"{found} is there, and so is its validation: nothing to do.")
+            return 0
+        if found:
+            run.initialize()
+            trainer.load_checkpoint(str(found))
+            trainer.print_to_log_file(f"Goes on from {found.name}, {trainer.current_epoch} epochs done.")
+        if not found or found.name != _FINAL:
             steps = run.train()
         trainer.print_to_log_file(f"{type(trainer).__name__}: {steps} steps, {run.seconds() / 60:.2f} minutes.")
         trainer.perform_actual_validation(False)
     return steps
 
 
-def _claim(file: Path, options: dict[str, Any]) -> None:
-    kept = read_json(file) if file.is_file() else options
-    changed = [f"{key}={kept.get(key)}, now {value}" for key, value in options.items() if kept.get(key) != value]
-    if changed:
-        raise UserError(f"{file.parent} was started with {'; '.join(changed)}. Remove the folder, or use another one.")
-    write_json(file, options)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a fold while it is trained; the lock ends with the process, however it ends.
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the readable checkpoint with most epochs, None where there is no checkpoint at all.
 
     Raises:
-        UserError: another process holds it.
+        UserError: there are some, and none can be read.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks; two trainings of one fold are then the user's matter
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "budget.lock", "w") as handle:
+    from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+
+    epochs: dict[Path, int] = {}
+    complaints = []
+    for path in (folder / name for name in (_FINAL, _LATEST, _BEST)):
+        if not path.is_file():
+            continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another process trains {folder} now.") from error
-        yield
+            epochs[path] = read_checkpoint(path)["current_epoch"]
+        except UserError as error:
+            complaints.append(str(error))
+            continue
+        if path.name == _FINAL:
+            break
+    if complaints and not epochs:
+        raise UserError(" ".join([*complaints, f"Remove {folder} to train it anew."]))
+    for complaint in complaints:
+        click.echo(complaint)
+    return max(epochs, key=lambda path: epochs[path], default=None)
+
+
+def _is_validated(folder: Path) -> bool:
+    """Whether nnU-Net's validation has come to its end, which is when it writes its summary."""
+    try:
+        read_json(folder / "validation" / "summary.json")
+    except UserError:  # none, or half of one
+        return False
+    return True
+
+
+def _claim(folder: Path, options: dict[str, Any]) -> None:
+    file = folder / "budget.json"
+    kept = read_json(file) if file.is_file() else options
+    changed = [f"{key}={kept[key]}, now {value}" for key, value in options.items() if kept.get(key, value) != value]
+    if changed:
+        raise UserError(f"{folder} was started with {'; '.join(changed)}. Remove the folder, or use another one.")
+    if not file.is_file() and any(folder.glob("checkpoint_*.pth")):
+        raise UserError(f"{folder} holds checkpoints of another command. Remove the folder, or use another one.")
+    write_json(file, options)
 
 
 @contextmanager
@@ -320,6 +375,8 @@ def command(
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         keep_freed_memory()
+    if fold != "all" and not fold.isdigit():
+        raise click.BadParameter("a number, or all", param_hint="FOLD")
     number = fold if fold == "all" else int(fold)
     with seeded_settings(trainer, seed, budget):
         built = get_trainer_from_args(
@@ -329,4 +386,7 @@ def command(
 
 
 if __name__ == "__main__":
-    command()
+    try:
+        command()
+    except UserError as error:
+        sys.exit(str(error))

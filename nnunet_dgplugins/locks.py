@@ -1,0 +1,43 @@
+"""A folder that one process works in at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunet_dgplugins.errors import UserError
+
+
+@contextmanager
+def held(file: Path, what: str) -> Iterator[None]:
+    """Hold ``file``, which receives this process's number, until the block or the process ends, however it ends.
+
+    The lock is the kernel's: a file left by a killed process holds nothing back. On Windows nothing is locked.
+
+    Args:
+        file: made where missing, and left behind; only processes that ask for the same file shut each other out.
+        what: what the process does, for the message.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+") as handle:
+        try:
+            # not flock: workers of a loader would inherit it, and they outlive a killed training
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            handle.seek(0)
+            raise UserError(f"Process {handle.read().strip()} {what} now. Wait for it, or stop it.") from error
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
