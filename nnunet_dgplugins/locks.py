@@ -41,3 +41,20 @@ def held(file: Path, what: str) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+def holder(file: Path) -> int | None:
+    """Return the process that holds ``file``, None if there is none (always on Windows).
+
+    Not for the holder itself: a process loses its lock when it closes the file a second time.
+    """
+    if importlib.util.find_spec("fcntl") is None or not file.is_file():
+        return None
+    import fcntl
+
+    with open(file, "r+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return int(handle.read())
+    return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
-from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json, write_json
+from nnunet_dgplugins.locks import held, holder
 from nnunet_dgplugins.study.tasks import Task, slug
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
@@ -81,29 +80,12 @@ class State:
         Raises:
             UserError: another process runs it.
         """
-        file = self.out / "study.pid"
-        running = self.runner()
-        if running:
-            raise UserError(f"Process {running} runs this study. Wait for it, or stop it with --cancel.")
-        write_json(file, os.getpid())
-        try:
+        with held(self.out / "study.pid", "runs this study (--cancel stops it)"):
             yield
-        finally:
-            file.unlink(missing_ok=True)
 
     def runner(self) -> int | None:
         """Return the process that runs the study now, None if there is none."""
-        file = self.out / "study.pid"
-        if not file.is_file():
-            return None
-        number = int(read_json(file))
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            return number
-        return number if number != os.getpid() else None
+        return holder(self.out / "study.pid")
 
     def _file(self, kind: str, task: Task) -> Path:
         return self.out / "state" / kind / f"{task.key}.json"

@@ -134,6 +134,7 @@ def test_a_killed_study_ends_its_task_and_goes_on_behind_what_was_done(tmp_path:
     study, sleeper = start_slow(tmp_path)
     with pytest.raises(UserError, match=f"Process {study.pid} runs this study"), State(tmp_path).alone():
         raise AssertionError("held by two")
+    assert State(tmp_path).runner() == study.pid
     os.kill(study.pid, number)
     assert study.wait(30) != 0
     assert gone(sleeper)
