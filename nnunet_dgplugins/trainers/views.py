@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_dgplugins.data.augmentation import without_timing
 from nnunet_dgplugins.sam.store import Key
 
-_VERSION = 1
+_VERSION = 2
 
 
 class SliceViews:
@@ -40,7 +41,7 @@ class SliceViews:
         """Return view ``key.view`` of a slice (C, H, W) float32 and of its label map (1, H, W) int16, moved alike."""
         size = (int(image.shape[1]), int(image.shape[2]))
         if size not in self._transforms:
-            self._transforms[size] = nnUNetTrainer.get_training_transforms(
+            transforms = nnUNetTrainer.get_training_transforms(
                 size,
                 (-self.max_rotation, self.max_rotation),
                 None,
@@ -48,6 +49,7 @@ class SliceViews:
                 False,
                 use_mask_for_norm=self.use_mask_for_norm,
             )
+            self._transforms[size] = without_timing(transforms)
         with _seeded(self.seed, zlib.crc32(key.case.encode()), key.z, key.view):
             # the transforms work in place
             moved = self._transforms[size](image=image.clone().float(), segmentation=label.clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_with_the_sources_field_of_view_a_smaller_site_is_seen_at_the_same_scale
 
 def test_a_field_of_view_has_embeddings_of_its_own(world: World):
     stores = world.use(Recipe(), own=True).preprocessed / "dgplugins_embeddings"
+    shutil.rmtree(stores, ignore_errors=True)  # what other tests left in the copied dataset
     assert world.train().network.field is None
     plain = {path.name for path in stores.iterdir()}
     world.settings(field_of_view="source")
