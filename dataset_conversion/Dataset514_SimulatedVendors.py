@@ -36,6 +36,7 @@ FACTS = Facts(
     mapping={0: 0, 1: 1, 2: 2, 3: 3},
     reference="SIMULATED sites, scripts/simulate_vendors.py on ACDC, https://www.creatis.insa-lyon.fr/Challenge/acdc/",
     licence="as ACDC; public copies state CC BY-NC-SA 4.0",
+    simulated=True,
 )  # fmt: skip
 FILE = re.compile(r"patient(?P<patient>\d+)_frame(?P<frame>\d+)(?P<label>_gt)?", re.IGNORECASE)
 AGAIN = "Run scripts/simulate_vendors.py again, it continues"

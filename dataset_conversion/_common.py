@@ -246,7 +246,12 @@ def _table(plan: _Plan, digest: str) -> CaseTable:
     return CaseTable(
         cases={case.name: Case(case.site, case.patient, original=case.original) for case in plan.cases},
         source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
-        protocol={**_options(plan), "input": digest, "version": __version__},
+        protocol={
+            **_options(plan),
+            **({"simulated": True} if plan.facts.simulated else {}),
+            "input": digest,
+            "version": __version__,
+        },
     )
 
 

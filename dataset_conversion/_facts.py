@@ -50,6 +50,7 @@ class Facts:
         splits: names of the ways to split, the default first.
         reference: where the data come from.
         licence: what the data may be used for, as far as known.
+        simulated: whether the sites are made by a program; said in the case table and in every study's tables.
     """
 
     command: str
@@ -66,6 +67,7 @@ class Facts:
     splits: tuple[str, ...] = ("kfold",)
     reference: str = ""
     licence: str = ""
+    simulated: bool = False
 
     def site(self, text: str) -> Site:
         """Return the site that ``text`` means.

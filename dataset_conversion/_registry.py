@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 CONVERTERS = {
     "prostate-saml": ("Dataset501_ProstateSAML", "Six-site prostate MR, the SAML download (Processed_data_nii)."),
     "prostate-maxstyle": (
@@ -12,3 +15,12 @@ CONVERTERS = {
     "abdomen-ctmr": ("Dataset504_AbdomenCTMR", "Four abdominal organs in CT and MR (SABSCT, CHAOST2)."),
     "simulated-vendors": ("Dataset514_SimulatedVendors", "Four SIMULATED vendors on ACDC hearts (SimA to SimD)."),
 }
+
+
+def load_converter(name: str) -> Any:
+    """Import and return the module of a converter; it has ``FACTS`` and ``command``.
+
+    Args:
+        name: a key of :data:`CONVERTERS`.
+    """
+    return importlib.import_module(f"dataset_conversion.{CONVERTERS[name][0]}")

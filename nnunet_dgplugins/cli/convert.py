@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
 
-from dataset_conversion._registry import CONVERTERS
+from dataset_conversion._registry import CONVERTERS, load_converter
 
 
 class _Converters(click.Group):
@@ -18,7 +16,7 @@ class _Converters(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in CONVERTERS:
             return None
-        converter: click.Command = importlib.import_module(f"dataset_conversion.{CONVERTERS[cmd_name][0]}").command
+        converter: click.Command = load_converter(cmd_name).command
         return converter
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 @click.option("--status", is_flag=True, help="Say how far it is, and the results so far; start nothing.")
 @click.option("--cancel", is_flag=True, help="Stop the process that runs it; what is finished is kept.")
 @click.option("--commands", is_flag=True, help="Print every command, as you would type it; start nothing.")
-@click.option("--metric", default="dice", show_default=True, help="Metric of the printed table.")
-def command(file: Path, out: Path | None, jobs: int, status: bool, cancel: bool, commands: bool, metric: str) -> None:
+@click.option("--metric", help="Metric of the printed table. Default: Dice of the study's protocol.")
+def command(
+    file: Path, out: Path | None, jobs: int, status: bool, cancel: bool, commands: bool, metric: str | None
+) -> None:
     """Train and evaluate every method x source x seed of FILE, and compare them on unseen sites.
 
     Each task is a command that you could type. Killed, cancelled or failed? Run the same command again: what is
@@ -108,7 +110,7 @@ def _status(tasks: Sequence[Task], state: State) -> None:
     click.echo(f"{done} of {len(unique)} tasks done, {len(kinds.get(FAILED, []))} failed, {who}.")
 
 
-def _print(table: pandas.DataFrame, study: Study, metric: str) -> None:
+def _print(table: pandas.DataFrame, study: Study, metric: str | None) -> None:
     """Print the source x target matrix; brackets mark the source's own held-out cases."""
     if table.empty:
         return
@@ -116,16 +118,19 @@ def _print(table: pandas.DataFrame, study: Study, metric: str) -> None:
     from rich.table import Table
 
     from nnunet_dgplugins.errors import UserError, nearest
-    from nnunet_dgplugins.study.results import cells
+    from nnunet_dgplugins.study.results import printed
 
-    metrics = sorted(table["metric"].unique())
+    metric, metrics = metric or study.metric, sorted(table["metric"].unique())
     if metric not in metrics:
         raise UserError(f"No metric '{metric}'{nearest(metric, metrics)}")
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for title, heading, rows in cells(table, study, metric):
-        shown = Table(title=f"{title}: {metric}, mean ± sd over seeds; (source's held-out cases)", title_justify="left")
-        for name in heading:
+    for one in printed(table, study, metric):
+        title = f"{one.title}: {metric}, mean ± sd over seeds; (source's held-out cases)"
+        shown = Table(title=title, title_justify="left")
+        for name in one.heading:
             shown.add_column(name, justify="left" if name in ("source", "method") else "right")
-        for row in rows:
+        for row in one.rows:
             shown.add_row(*row)
         console.print(shown)
+        for note in one.notes:
+            console.print(f"- {note}", highlight=False, markup=False)

@@ -1,7 +1,7 @@
 """The papers' result tables as data: what was published, by whom, and why it may not be comparable.
 
-One CSV file per method's paper, one value per line; ``docs/published/README.md`` says how to read them. Importable
-without torch.
+One CSV file per method's paper, one value per line; their README.md says how to read them, and ``docs/published`` leads
+to them. Importable without torch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ PROTOCOLS = {
 UNITS = {"percent": 100.0, "fraction": 1.0}
 """Unit -> its largest value."""
 
-# the copy in an installed package, else the folder of a checkout
-_PLACES = (Path(__file__).parents[1] / "published", Path(__file__).parents[2] / "docs" / "published")
+_TABLES = Path(__file__).parent / "published_tables"
 # three releases of the same six sites
 _SAME_DATA = dict.fromkeys(("prostatesaml", "prostatemaxstyle", "prostatedesam"), "prostate")
 _REQUIRED = ["paper", "table", "dataset", "protocol", "method", "metric", "unit", "value", "where"]
@@ -75,7 +74,7 @@ def published(dataset: str, protocol: str | None = None, *, folder: Path | None 
     """
     if protocol is not None and protocol not in PROTOCOLS:
         raise UserError(f"No protocol '{protocol}' among the published values{nearest(protocol, PROTOCOLS)}")
-    table = read_folder(folder or _default_folder())
+    table = read_folder(folder or _TABLES)
     chosen = table["dataset"].map(_family) == _family(dataset)
     if protocol is not None:
         chosen &= table["protocol"] == protocol
@@ -101,16 +100,6 @@ def read_folder(folder: Path) -> pandas.DataFrame:
         raise BadInput(f"Published values in {folder}", problems)
     table = pandas.DataFrame(rows, columns=COLUMNS)
     return table.assign(**{name: table[name].map(_number).astype(float) for name in ("value", "sd")})
-
-
-def _default_folder() -> Path:
-    for place in _PLACES:
-        if place.is_dir():
-            return place
-    raise UserError(
-        "The published values are not part of this installation. They are the folder docs/published of the "
-        "repository: pass it as `folder`."
-    )
 
 
 def _family(dataset: str) -> str:

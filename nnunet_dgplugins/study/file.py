@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import re
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dataset_conversion._registry import CONVERTERS, load_converter
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
@@ -24,6 +24,8 @@ PLANNERS = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
+#: protocol of ``dgplugins evaluate`` -> its Dice
+PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
@@ -88,6 +90,7 @@ class Study:
         baseline: name of the method that the others are compared with; None: no differences.
         configuration: nnU-Net's.
         mirroring: predict with nnU-Net's mirroring (four times the work in 2d).
+        protocol: of ``dgplugins evaluate``; a paper's own puts its published numbers beside ours, on its data.
         device: cpu, cuda, mps, or auto.
     """
 
@@ -99,7 +102,13 @@ class Study:
     baseline: str | None = None
     configuration: str = "2d"
     mirroring: bool = True
+    protocol: str = "standard"
     device: str = "auto"
+
+    @property
+    def metric(self) -> str:
+        """The metric of the tables unless another is asked for: the protocol's Dice."""
+        return PROTOCOLS[self.protocol]
 
 
 def read_study(path: Path) -> Study:
@@ -177,6 +186,9 @@ class _Reader:
         seeds = values.get("seeds", (0,))
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             self.note("seeds", repr(list(seeds)), "different whole numbers from 0")
+        protocol = values.get("protocol", "standard")
+        if protocol not in PROTOCOLS:
+            self.note("protocol", f"no protocol '{protocol}'{nearest(protocol, PROTOCOLS)}")
         if values.get("device", "auto") not in ("auto", "cpu", "cuda", "mps"):
             self.note("device", repr(values["device"]), "auto, cpu, cuda or mps")
         if self.problems or budget is None:
@@ -231,8 +243,6 @@ class _Reader:
             self.problems += error.problems
 
     def data(self, name: str, content: Any) -> Data | None:
-        from dataset_conversion._registry import CONVERTERS
-
         where = f"dataset {name}"
         values = self.known(where, content, _named(Data))
         lacking = [key for key in ("convert", "first_id", "sources") if key not in values]
@@ -259,9 +269,7 @@ class _Reader:
         return Data(name=name, **values)
 
     def _sites(self, where: str, converter: str, sources: tuple[str, ...]) -> tuple[str, ...]:
-        from dataset_conversion._registry import CONVERTERS
-
-        facts = importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").FACTS
+        facts = load_converter(converter).FACTS
         found = []
         for source in sources:
             try:
@@ -273,11 +281,9 @@ class _Reader:
         return tuple(found)
 
     def _takes_ratio(self, converter: str) -> bool:
-        from dataset_conversion._registry import CONVERTERS
-
         if converter not in CONVERTERS:
             return True  # said already
-        command = importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").command
+        command = load_converter(converter).command
         return any("--ratio" in option.opts for option in command.params)
 
     def _expanded(self, where: str, text: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.files import write_bytes, write_json
-from nnunet_dgplugins.study.file import Study
+from nnunet_dgplugins.study.beside import AVERAGES, published_rows
+from nnunet_dgplugins.study.file import Data, Study
 from nnunet_dgplugins.study.tasks import Run, Task
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ["method", "dataset", "source", "target", "ratio", "seed", "case", "patient", "class", "metric", "value"]
 UNSEEN, VALIDATION = "unseen", "validation"
+_AVERAGES = ("mean unseen", "pooled unseen")
 _RESAMPLES = 2000
 
 
@@ -48,7 +52,7 @@ def _values(run: Run) -> list[pandas.DataFrame]:
 def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
     """Return one number per method, source, target and seed: the mean over cases of the mean over classes.
 
-    The target ``mean unseen`` is the unweighted mean over the unseen sites.
+    The target ``mean unseen`` is the unweighted mean over the unseen sites, ``pooled unseen`` that over their cases.
     """
     import pandas
 
@@ -56,8 +60,12 @@ def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
     chosen = table[table["metric"] == metric]
     cases = chosen.groupby([*keys, "case"], dropna=False, sort=False)["value"].mean().reset_index()
     sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
-    unseen = sites[sites["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
-    return pandas.concat([sites, unseen.assign(target="mean unseen")], ignore_index=True)
+    averages = [
+        part[part["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
+        for part in (sites, cases)
+    ]
+    named = [part.assign(target=name) for part, name in zip(averages, _AVERAGES, strict=True)]
+    return pandas.concat([sites, *named], ignore_index=True)
 
 
 def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
@@ -112,27 +120,61 @@ def _interval(gain: pandas.Series) -> dict[str, float]:
     return {"difference": float(np.mean(middle)), "low": float(low), "high": float(high)}
 
 
-def cells(table: pandas.DataFrame, study: Study, metric: str = "dice") -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return what is printed: per dataset and ratio a title, the heading and the rows, as text."""
-    found = []
+@dataclass(frozen=True)
+class Printed:
+    """One table as text: a collection and ratio.
+
+    Args:
+        title: collection, ratio, and whether its sites are simulated or made.
+        heading: of the columns.
+        rows: as long as the heading; published rows stand behind ours of the same source.
+        notes: caveats of the published rows.
+    """
+
+    title: str
+    heading: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) -> list[Printed]:
+    """Return the tables as text, of the protocol's Dice or another metric; brackets mark the source's own cases."""
+    metric = metric or study.metric
     gains = differences(table, study.baseline, metric) if study.baseline else None
     lines = matrix(table, metric)
+    collections = {data.name: data for data in study.datasets}
+    found = []
     for (dataset, ratio), part in lines.groupby(["dataset", "ratio"], dropna=False, sort=False):
-        title = f"{dataset}" + ("" if ratio != ratio or ratio is None else f", {ratio:g} of the labels")
-        targets = sorted(part.loc[part["target"] != "mean unseen", "target"].unique())
-        heading = ["source", "method", *targets, "mean unseen"]
+        data = collections[str(dataset)]
+        sites = sorted(part.loc[~part["target"].isin(_AVERAGES), "target"].unique())
+        # the pooled mean stands where a paper prints it
+        targets = [*sites, *_AVERAGES[: 1 + (AVERAGES.get(study.protocol) == _AVERAGES[1])]]
+        heading = ["source", "method", *targets]
         if gains is not None:
             heading.append(f"difference to {study.baseline} [95 %]")
-        rows = []
-        for (source, method), own in part.groupby(["source", "method"], sort=False):
-            values = own.set_index("target")
-            row = [str(source), str(method)]
-            row += [_cell(values, target) for target in [*targets, "mean unseen"]]
-            if gains is not None:
-                row.append(_gain(gains, dataset, ratio, source, method))
-            rows.append(row)
-        found.append((title, heading, rows))
+        shown = Printed(_title(data, ratio), heading, [], [])
+        for source, own in part.groupby("source", sort=False):
+            for method, values in own.groupby("method", sort=False):
+                row = [str(source), str(method), *(_cell(values.set_index("target"), target) for target in targets)]
+                shown.rows.append(row + ([_gain(gains, dataset, ratio, source, method)] if gains is not None else []))
+            rows, notes = published_rows(study, data, str(source)) if metric == study.metric else ({}, [])
+            for title, numbers in rows.items():
+                row = [str(source), title, *(f"{numbers[to]:.3f}" if to in numbers else "-" for to in targets)]
+                shown.rows.append(row + (["-"] if gains is not None else []))
+            shown.notes.extend(note for note in notes if note not in shown.notes)
+        found.append(shown)
     return found
+
+
+def _title(data: Data, ratio: Any) -> str:
+    parts = [data.name]
+    if ratio is not None and ratio == ratio:
+        parts.append(f"{ratio:g} of the labels")
+    if load_converter(data.convert).FACTS.simulated:
+        parts.append("SIMULATED sites")
+    elif data.prepare:
+        parts.append("made images")
+    return ", ".join(parts)
 
 
 def _cell(values: pandas.DataFrame, target: str) -> str:
@@ -152,12 +194,13 @@ def _gain(gains: pandas.DataFrame, dataset: str, ratio: Any, source: str, method
     return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
-def markdown(table: pandas.DataFrame, study: Study, metric: str = "dice") -> str:
+def markdown(table: pandas.DataFrame, study: Study, metric: str | None = None) -> str:
     """Return the matrix as markdown; brackets mark the source's own held-out cases."""
     parts = []
-    for title, heading, rows in cells(table, study, metric):
-        lines = [heading, ["---", "---", *["---:"] * (len(heading) - 2)], *rows]
-        parts.append(f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    for one in printed(table, study, metric):
+        lines = [one.heading, ["---", "---", *["---:"] * (len(one.heading) - 2)], *one.rows]
+        text = f"### {one.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(text + "".join(f"\n- {note}" for note in one.notes) + ("\n" if one.notes else ""))
     return "\n".join(parts)
 
 
@@ -170,8 +213,10 @@ def write_results(tasks: Sequence[Task], study: Study, out: Path) -> pandas.Data
             "format": 1,
             "study": study.name,
             "budget": study.budget.words(),
-            "matrix": _records(matrix(table)),
-            "differences": _records(differences(table, study.baseline)) if study.baseline else [],
+            "protocol": study.protocol,
+            "datasets": {data.name: _title(data, None) for data in study.datasets},
+            "matrix": _records(matrix(table, study.metric)),
+            "differences": _records(differences(table, study.baseline, study.metric)) if study.baseline else [],
             "values": _records(table),
         }
         write_json(out / "results.json", content)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import click
-
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.study.display import Display, Progress, for_stream
 from nnunet_dgplugins.study.local import Executor, Job
 from nnunet_dgplugins.study.state import DONE, FAILED, RUNNING, State
 from nnunet_dgplugins.study.tasks import Task
@@ -28,7 +27,7 @@ def run_tasks(
     executor: Executor,
     training_minutes: float | None = None,
     after: Callable[[Task], object] = lambda task: None,
-    say: Callable[[str], None] = click.echo,
+    display: Display | None = None,
 ) -> list[Task]:
     """Run every task that is not done and whose needs are met; a failed one stops only what needs it.
 
@@ -38,7 +37,7 @@ def run_tasks(
         executor: where tasks run.
         training_minutes: budget of a training, for the first estimate.
         after: called behind every task that ended well.
-        say: receives a line at every start and end.
+        display: shows how far it is; default: a bar on a terminal, else one line per started task.
 
     Returns:
         Tasks that failed.
@@ -50,21 +49,26 @@ def run_tasks(
     waiting = [task for task in unique.values() if not state.is_done(task)]
     running: dict[str, tuple[Task, Job, float]] = {}
     failed: list[Task] = []
-    count, started = len(unique), time.monotonic()
-    say(f"{count} tasks, {count - len(waiting)} done before, {executor.slots} at a time.")
-    with _stoppable():
+    started, expected = time.monotonic(), state.expected(list(unique.values()), training_minutes)
+
+    def progress() -> Progress:
+        done = len(unique) - len(waiting) - len(running) - len(failed)
+        left = _left(waiting, running, expected, executor)
+        names = [task.name for task, _, _ in running.values()]
+        return Progress(done, len(unique), names, time.monotonic() - started, left)
+
+    with _stoppable(), display or for_stream() as shown:
+        shown.say(f"{len(unique)} tasks, {len(unique) - len(waiting)} done before, {executor.slots} at a time.")
         try:
             while waiting or running:
                 while len(running) < executor.slots and (task := _next(waiting, unique, state)):
+                    shown.started(task.name, progress())
                     waiting.remove(task)
-                    left = _left(waiting, running, state.expected(list(unique.values()), training_minutes), executor)
-                    done = count - len(waiting) - len(running) - len(failed)
-                    gone = time.monotonic() - started
-                    say(f"[{done}/{count}] {task.name}; {_clock(gone)} gone, about {_clock(left)} to go")
                     state.set(task, RUNNING)
                     running[task.key] = (task, executor.start(task, state.log(task)), time.monotonic())
                 if not running:
                     break  # what waits needs something that failed
+                shown.tick(progress())
                 time.sleep(_PAUSE)
                 for task, job, since in list(running.values()):
                     code = job.result()
@@ -74,16 +78,18 @@ def run_tasks(
                     state.set(task, FAILED if code else DONE, time.monotonic() - since)
                     if code:
                         failed.append(task)
-                        say(failure(task, state, code))
+                        shown.say(failure(task, state, code))
                     else:
+                        expected = state.expected(list(unique.values()), training_minutes)
                         after(task)
+            shown.tick(progress())
         except BaseException:
             for _, job, _ in running.values():
                 job.stop()
             state.forget_running()
             raise
-    if waiting:
-        say(f"{len(waiting)} tasks were not started, because what they need failed.")
+        if waiting:
+            shown.say(f"{len(waiting)} tasks were not started, because what they need failed.")
     return failed
 
 
@@ -106,11 +112,6 @@ def _left(
     seconds = sum(expected[task.key] for task in waiting)
     seconds += sum(max(0.0, expected[task.key] - (now - since)) for task, _, since in running.values())
     return seconds / executor.slots
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 @contextmanager

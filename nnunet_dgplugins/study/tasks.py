@@ -7,7 +7,6 @@ old ones: nothing is overwritten, and going back costs nothing.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataset_conversion._registry import load_converter
 from nnunet_dgplugins import __version__, settings
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, content_hash, file_sha256
 from nnunet_dgplugins.registry import TRAINERS
@@ -149,7 +149,7 @@ class _Variant:
         self.all, self.study, self.source, self.ratio = collection, collection.study, source, ratio
         self.id = str(number)
         self.title = source + (f" {ratio:g}" if ratio else "")
-        facts = _facts(collection.data.convert)
+        facts = load_converter(collection.data.convert).FACTS
         self.dataset = f"Dataset{number:03d}_{facts.name}_{facts.site(source).name}"
 
     def expand(self, needs: tuple[str, ...]) -> None:
@@ -201,7 +201,10 @@ class _Variant:
         mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration])[:8]
         parts = (f"{slug(self.all.data.name)}_{slug(self.title)}", slug(method.name), f"seed{seed}-{mark}")
         folder = self.all.out.joinpath("runs", *parts)
-        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, folder)
+        # what a training is tested with has a place of its own: going back to another way finds its results again
+        way = "_mirrored" if study.mirroring else ""
+        values = folder / f"{study.protocol}{way}"
+        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values)
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
         name, raw = f"{self.title} {method.name} seed {seed}", self.all.folder / RAW / self.dataset
         where = ["-tr", method.trainer, "-p", plans, "-device", device]
@@ -210,14 +213,15 @@ class _Variant:
         trained = self.all.add(f"train {name}", f"train {method.name}", train, (ready,), own, run)
         fold = folder / RESULTS / self.dataset / f"{method.trainer}__{plans}__{configuration}" / "fold_0"
         source = ["dgplugins", "evaluate", self.id, str(fold / "validation"), "--labels", str(raw / "labelsTr")]
-        source += ["--partial", "--csv", str(folder / "source.csv")]
+        protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
+        source += ["--partial", "--csv", str(values / "source.csv"), *protocol]
         self.all.add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
-        predictions = str(folder / "predictions")
+        predictions = str(folder / f"predictions{way}")
         predict = ["nnUNetv2_predict", "-d", self.id, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
         predict += ["-c", configuration, *where, "-npp", "0", "-nps", "0"]
         predict += [] if study.mirroring else ["--disable_tta"]
         predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
-        unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(folder / "unseen.csv")]
+        unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
 
 
@@ -233,9 +237,3 @@ def _weights(name: str) -> str:
         return f"{model.name}, not found"
     state = file.stat()
     return file_sha256(file) if model.shipped else f"{file.name} {state.st_size} {state.st_mtime_ns}"
-
-
-def _facts(converter: str) -> Any:
-    from dataset_conversion._registry import CONVERTERS
-
-    return importlib.import_module(f"dataset_conversion.{CONVERTERS[converter][0]}").FACTS

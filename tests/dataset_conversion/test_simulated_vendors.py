@@ -65,6 +65,7 @@ def test_the_case_table_knows_site_patient_and_original(root: Path) -> None:
 def test_everything_that_names_the_data_says_that_it_is_simulated(root: Path) -> None:
     content = description(convert(root))
     assert content["dgplugins"]["protocol"]["converter"] == "simulated-vendors"
+    assert content["dgplugins"]["protocol"]["simulated"] is True
     assert content["name"] == "SimulatedVendors_SimA"
     assert "SIMULATED" in content["reference"]
     assert {case["site"][:3] for case in content["dgplugins"]["cases"].values()} == {"Sim"}

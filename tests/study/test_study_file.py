@@ -65,7 +65,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
     }
     path = written(
         tmp_path, datasets=datasets, methods=methods, budget={"minutes": 1, "epochs": 2}, seeds=[1, 1], baseline="five",
-        device="gpu", jobs=3,
+        device="gpu", protocol="dessam", jobs=3,
     )  # fmt: skip
     with pytest.raises(BadInput) as error:
         read_study(path)
@@ -93,6 +93,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         "different whole numbers",
         "no method 'five'",
         "auto, cpu, cuda or mps",
+        "no protocol 'dessam'; did you mean 'desam'?",
         "unknown key 'jobs'",
     ):
         assert part in text, part
@@ -159,6 +160,25 @@ def test_commands_are_stock_nnunets_and_ours(tmp_path: Path):
     assert train.typed.startswith("nnUNet_raw=")
     assert train.typed.endswith("nnunet_dgplugins.budget 701 2d 0 -tr nnUNetTrainer -p nnUNetPlans -device cpu "
                                 "--minutes 1.5 --seed 0")  # fmt: skip
+
+
+def test_a_papers_protocol_reaches_the_evaluations_and_keeps_the_others_results(tmp_path: Path):
+    standard, desam = tasks_of(tmp_path), tasks_of(tmp_path, protocol="desam")
+    before, after = ([task for task in tasks if task.kind == "evaluate"] for tasks in (standard, desam))
+    assert all(task.command[-2:] == ("--protocol", "desam") for task in after)
+    assert not {task.run.folder for task in before if task.run} & {task.run.folder for task in after if task.run}
+    trainings = [{task.key for task in tasks if task.kind.startswith("train")} for tasks in (standard, desam)]
+    assert trainings[0] == trainings[1]
+
+
+def test_predictions_with_and_without_mirroring_do_not_meet(tmp_path: Path):
+    outs = [
+        {task.command[task.command.index("-o") + 1] for task in tasks_of(tmp_path, mirroring=mirroring)
+         if task.kind.startswith("predict")}
+        for mirroring in (True, False)
+    ]  # fmt: skip
+    assert len(outs[0]) == len(outs[1]) > 0
+    assert not outs[0] & outs[1]
 
 
 def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
 import pytest
 
 from nnunet_dgplugins.study.file import Budget, Data, Method, Study
-from nnunet_dgplugins.study.results import by_seed, collect, differences, markdown, matrix, write_results
+from nnunet_dgplugins.study.results import by_seed, collect, differences, markdown, matrix, printed, write_results
 from nnunet_dgplugins.study.tasks import Run, Task
 
 STUDY = Study(
@@ -110,3 +111,51 @@ def test_the_files_hold_what_is_printed(tmp_path: Path):
 def test_nothing_finished_gives_an_empty_table(tmp_path: Path):
     tasks = [Task("t", "train", ("true",), run=Run("stock", "d", "A", None, 0, tmp_path / "none"))]
     assert write_results(tasks, STUDY, tmp_path).empty
+
+
+def real(protocol: str, tmp_path: Path, **changes: object) -> Study:
+    """The made study as if it ran on the public download, trained on RUNMC."""
+    data = Data("d", "prostate-saml", 701, ("RUNMC",), download=str(tmp_path))
+    return replace(STUDY, datasets=(replace(data, **changes),), protocol=protocol)  # type: ignore[arg-type]
+
+
+def protocol_table(tmp_path: Path, metric: str) -> pandas.DataFrame:
+    table = collect(made(tmp_path)).replace({"A": "RUNMC", "B": "BMC", "C": "HK"})
+    return table.replace({"metric": {"dice": metric}})
+
+
+def test_published_numbers_stand_beside_ours_where_data_and_protocol_are_the_papers(tmp_path: Path):
+    text = markdown(protocol_table(tmp_path, "dice_samsdg"), real("samsdg", tmp_path))
+    (line,) = [line for line in text.splitlines() if "SAM-SDG, Table 1 (published)" in line]
+    assert "| 0.841 |" in line
+    assert line.startswith("| RUNMC |")
+    assert "epoch chosen on the mean Dice of the target sites" in text  # the caveat comes along
+    (line,) = [line for line in text.splitlines() if "SAM-SDG, theta2 0.5; best epoch 80" in line]
+    assert "| 0.884 | 0.893 | - | 0.841 |" in line  # BMC, HK, the source itself, mean
+
+
+def test_desams_published_number_stands_in_the_pooled_column(tmp_path: Path):
+    (one,) = printed(protocol_table(tmp_path, "dice_desam"), real("desam", tmp_path))
+    where = one.heading.index("pooled unseen")
+    values = {row[1]: row[where] for row in one.rows}
+    assert values["stock"].startswith("0.522")  # all six cases as one group: (4 * 0.525 + 2 * 0.515) / 6
+    assert values["DeSAM-P, grid of points; column A, main results (published)"] == "0.828"
+    assert one.rows[-1][one.heading.index("mean unseen")] == "-"
+
+
+@pytest.mark.parametrize("changes", [{"download": None, "prepare": "make {download}"}, {"convert": "simulated-vendors"},
+                                     {"ratios": (0.5,)}])  # fmt: skip
+def test_made_images_are_never_compared_with_papers(tmp_path: Path, changes: dict[str, object]):
+    study = real("samsdg", tmp_path, **changes)
+    assert "(published)" not in markdown(protocol_table(tmp_path, "dice_samsdg"), study)
+
+
+def test_another_protocol_is_never_compared_with_papers(tmp_path: Path):
+    assert "(published)" not in markdown(protocol_table(tmp_path, "dice"), real("standard", tmp_path))
+
+
+def test_simulated_sites_are_called_so_in_every_table(tmp_path: Path):
+    data = replace(STUDY.datasets[0], convert="simulated-vendors")
+    write_results(made(tmp_path), replace(STUDY, datasets=(data,)), tmp_path)
+    assert "### d, SIMULATED sites" in (tmp_path / "results.md").read_text()
+    assert "SIMULATED" in json.loads((tmp_path / "results.json").read_text())["datasets"]["d"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.study.display import Bar, Lines, Progress
 from nnunet_dgplugins.study.local import LocalExecutor
 from nnunet_dgplugins.study.run import run_tasks
 from nnunet_dgplugins.study.state import State
@@ -36,7 +37,7 @@ def test_tasks_run_once_behind_what_they_need(tmp_path: Path, slots: int):
     said: list[str] = []
     for _ in range(2):
         tasks = [first, other, second, second]
-        assert run_tasks(tasks, State(tmp_path), LocalExecutor(slots), say=said.append) == []
+        assert run_tasks(tasks, State(tmp_path), LocalExecutor(slots), display=Lines(said.append)) == []
     assert sorted(trace(tmp_path)) == ["first", "other", "second"]
     assert trace(tmp_path)[-1] == "second"
     assert "3 tasks, 3 done before" in said[-1]
@@ -47,7 +48,7 @@ def test_a_failure_shows_its_log_and_stops_only_what_needs_it(tmp_path: Path):
     blocked, free = write("blocked", tmp_path, (bad.key,)), write("free", tmp_path)
     said: list[str] = []
     state = State(tmp_path)
-    failed = run_tasks([bad, blocked, free], state, LocalExecutor(1), say=said.append)
+    failed = run_tasks([bad, blocked, free], state, LocalExecutor(1), display=Lines(said.append))
     assert failed == [bad]
     assert trace(tmp_path) == ["bad", "free"]
     assert [state.of(task) for task in (bad, blocked, free)] == ["failed", "", "done"]
@@ -62,9 +63,9 @@ def test_a_failed_task_is_tried_again_and_its_followers_run(tmp_path: Path):
     script = f"import os; raise SystemExit(not os.path.exists({str(gate)!r}))"
     bad = Task("bad", "bad", (sys.executable, "-c", script))
     after = write("after", tmp_path, (bad.key,))
-    run_tasks([bad, after], State(tmp_path), LocalExecutor(1), say=lambda text: None)
+    run_tasks([bad, after], State(tmp_path), LocalExecutor(1), display=Lines(lambda text: None))
     gate.touch()
-    assert run_tasks([bad, after], State(tmp_path), LocalExecutor(1), say=lambda text: None) == []
+    assert run_tasks([bad, after], State(tmp_path), LocalExecutor(1), display=Lines(lambda text: None)) == []
     assert trace(tmp_path) == ["after"]
 
 
@@ -75,13 +76,14 @@ def test_processes_share_the_cores_and_do_not_see_a_trial_file(tmp_path: Path, m
     state = State(tmp_path)
     executor = LocalExecutor(2, cores=4)
     assert executor.threads == 2
-    run_tasks([task], state, executor, say=lambda text: None)
+    run_tasks([task], state, executor, display=Lines(lambda text: None))
     assert state.tail(task) == "2 None"
 
 
 _STUDY = """
 import sys
 from pathlib import Path
+from nnunet_dgplugins.study.display import Bar, Lines, Progress
 from nnunet_dgplugins.study.local import LocalExecutor
 from nnunet_dgplugins.study.run import run_tasks
 from nnunet_dgplugins.study.state import State
@@ -150,3 +152,24 @@ def test_the_time_to_go_comes_from_tasks_of_the_kind(tmp_path: Path):
     assert state.expected([a, b], 2.0) == {a.key: 150.0, b.key: 150.0}
     state.set(a, "done", 40.0)
     assert state.expected([a, b], 2.0)[b.key] == 40.0
+
+
+def test_a_line_says_how_far_it_is_and_how_long_it_takes():
+    said: list[str] = []
+    Lines(said.append).started("train stock", Progress(3, 10, ["train stock"], 61.0, 3900.0))
+    assert said == ["[3/10] train stock; 1 min gone, about 1 h 05 min to go"]
+
+
+def test_on_a_terminal_one_bar_names_what_runs_and_messages_stay_above_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    with Bar() as bar, bar._bar.console.capture() as captured:
+        bar.started("train stock", Progress(3, 10, ["train stock", "embed"], 61.0, 3900.0))
+        bar.say("FAILED: [red] is no colour here")
+        bar._bar.refresh()
+    text = captured.get()
+    assert "3/10" in text
+    assert "1 min gone, about 1 h 05 min to go" in text
+    assert "train stock | embed" in text
+    assert "FAILED: [red] is no colour here" in text
