@@ -19,6 +19,7 @@ class TrainerInfo:
         paper: where the method was published.
         supervision: what it may read.
         output: what comes out.
+        after: trainer of the stage before, trained on the same dataset first; "" for a first stage.
     """
 
     name: str
@@ -29,6 +30,7 @@ class TrainerInfo:
     paper: str
     supervision: str
     output: str
+    after: str = ""
 
 
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"

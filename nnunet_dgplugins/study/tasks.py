@@ -208,9 +208,12 @@ class _Variant:
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
         name, raw = f"{self.title} {method.name} seed {seed}", self.all.folder / RAW / self.dataset
         where = ["-tr", method.trainer, "-p", plans, "-device", device]
-        train = ["python", "-m", "nnunet_dgplugins.budget", self.id, configuration, "0", *where]
-        train += [*study.budget.words(), "--seed", str(seed)]
-        trained = self.all.add(f"train {name}", f"train {method.name}", train, (ready,), own, run)
+        trained = ready
+        for stage, trainer in enumerate(_stages(method.trainer), 1):
+            train = ["python", "-m", "nnunet_dgplugins.budget", self.id, configuration, "0", "-tr", trainer, *where[2:]]
+            train += [*study.budget.words(), "--seed", str(seed)]
+            title = "train" if trainer == method.trainer else f"train stage {stage}"
+            trained = self.all.add(f"{title} {name}", f"{title} {method.name}", train, (trained,), own, run)
         fold = folder / RESULTS / self.dataset / f"{method.trainer}__{plans}__{configuration}" / "fold_0"
         source = ["dgplugins", "evaluate", self.id, str(fold / "validation"), "--labels", str(raw / "labelsTr")]
         protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
@@ -223,6 +226,12 @@ class _Variant:
         predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
         unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
+
+
+def _stages(trainer: str) -> list[str]:
+    """Return the trainers that come before one of this package, and itself; a stock trainer stands alone."""
+    info = TRAINERS.get(trainer)
+    return [*(_stages(info.after) if info and info.after else []), trainer]
 
 
 def _set_words(values: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nnunet_dgplugins.errors import BadInput, UserError
+from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.study.file import Budget, read_study, stock_trainers
 from nnunet_dgplugins.study.tasks import Task, expand
 
@@ -169,6 +171,19 @@ def test_a_papers_protocol_reaches_the_evaluations_and_keeps_the_others_results(
     assert not {task.run.folder for task in before if task.run} & {task.run.folder for task in after if task.run}
     trainings = [{task.key for task in tasks if task.kind.startswith("train")} for tasks in (standard, desam)]
     assert trainings[0] == trainings[1]
+
+
+def test_an_earlier_stage_is_trained_first_in_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = tasks_of(tmp_path)
+    monkeypatch.setitem(TRAINERS, "DeSAMTrainer", replace(TRAINERS["DeSAMTrainer"], after="DeSAMGridTrainer"))
+    tasks = tasks_of(tmp_path)
+    assert len(tasks) == len(before) + 2 * 2  # sources x seeds
+    first = next(task for task in tasks if task.kind == "train stage 1 DeSAM box")
+    second = next(task for task in tasks if task.kind == "train DeSAM box")
+    assert first.command[first.command.index("-tr") + 1] == "DeSAMGridTrainer"
+    assert second.needs == (first.key,)
+    assert first.environment["nnUNet_results"] == second.environment["nnUNet_results"]
+    assert not any(task.kind == "predict DeSAM box" and first.key in task.needs for task in tasks)
 
 
 def test_predictions_with_and_without_mirroring_do_not_meet(tmp_path: Path):
