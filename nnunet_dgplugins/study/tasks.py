@@ -95,7 +95,8 @@ def expand(study: Study, out: Path, device: str) -> list[Task]:
     tasks: list[Task] = []
     for data in study.datasets:
         tasks += _Collection(study, data, out, device).tasks()
-    return tasks
+    # seeds outside: a study that is stopped early has compared every method and source, with fewer seeds
+    return sorted(tasks, key=lambda task: study.seeds.index(task.run.seed) if task.run else -1)
 
 
 def slug(text: str) -> str:
@@ -176,7 +177,7 @@ class _Variant:
                     (planned[method.plans],), _PLANNING,
                 )  # fmt: skip
             ready.append((method, *self._settings(method, planned[method.plans])))
-        for seed in self.study.seeds:  # seeds outside: what is finished early can be compared early
+        for seed in self.study.seeds:
             for method, plans, key in ready:
                 self._run(method, plans, seed, key)
 

@@ -133,6 +133,12 @@ def test_every_task_comes_behind_what_it_needs_and_has_a_name_of_its_own(tmp_pat
     assert [kinds.count(kind) for kind in ("plan", "preprocess", "configure", "embed")] == [4, 2, 2, 2]
 
 
+def test_every_source_and_method_has_its_first_seed_before_any_has_its_second(tmp_path: Path):
+    seeds = [task.run.seed for task in tasks_of(tmp_path) if task.run]
+    assert seeds == sorted(seeds)
+    assert set(seeds) == {0, 1}
+
+
 def test_a_changed_setting_changes_only_what_depends_on_it(tmp_path: Path):
     methods = {**GOOD["methods"], "DeSAM box": {"trainer": "DeSAMTrainer", "settings": {"field_of_view": "slice"}}}
     before, after = ({task.name: task.key for task in tasks_of(tmp_path, **c)} for c in ({}, {"methods": methods}))
