@@ -22,6 +22,11 @@ from nnunet_dgplugins.cli.options import configuration_option, plans_option, tra
     metavar="NAME=VALUE ...",
     help="Setting to change; repeat, or give several in quotes.",
 )
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="nnU-Net's batch size in these plans, for stock trainers, where the planned one is too large for the machine.",
+)
 @click.argument("more", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option(
     "-o", "output", required=True, help="Name of the new plans, used after -p. The same name as -p edits in place."
@@ -32,12 +37,14 @@ def command(
     plans: str,
     configuration: str,
     values: tuple[str, ...],
+    batch_size: int | None,
     more: tuple[str, ...],
     output: str,
 ) -> None:
     """Write a plans file for DATASET with other settings for a trainer; the data need no new preprocessing.
 
     Example: dgplugins configure 501 -tr DeSAMTrainer --set sam=vit_b epochs=50 -o nnUNetPlansVitB
+    Example: dgplugins configure 501 -p nnUNetResEncUNetMPlans --batch-size 2 -o ResEncSmallBatch
     """
     from nnunet_dgplugins import settings
     from nnunet_dgplugins.errors import UserError
@@ -62,6 +69,14 @@ def command(
     content = read_json(source)
     if configuration not in content["configurations"]:
         raise UserError(f"{source}: no configuration '{configuration}', only {', '.join(content['configurations'])}.")
+    if batch_size is not None:
+        content["configurations"][configuration]["batch_size"] = batch_size
+    if batch_size is not None and not asked:
+        content["plans_name"] = output
+        write_json(folder / f"{output}.json", content)
+        click.echo(f"Wrote {folder / output}.json: {configuration} with batches of {batch_size}")
+        click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -p {output}")
+        return
     block = content["configurations"][configuration].setdefault(settings.KEY, {}).setdefault(trainer, {})
     block.update(asked)
     cls = settings.settings_class(TRAINERS[trainer].settings)

@@ -43,6 +43,7 @@ class Data:
         sources: sites to train on, each a dataset of its own.
         ratios: labelled shares, each a dataset of its own; empty for all labels.
         options: further words after ``dgplugins convert``.
+        spacing: target spacing in mm, slices first, instead of the planned one: coarser images for a quick study.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Data:
     prepare: str | None = None
     ratios: tuple[float, ...] = ()
     options: tuple[str, ...] = ()
+    spacing: tuple[float, ...] = ()
 
     def variants(self) -> list[tuple[str, float | None, int]]:
         """Return source, ratio (None: all labels) and id of every dataset."""
@@ -69,12 +71,14 @@ class Method:
         trainer: name after ``-tr``.
         plans: a key of :data:`PLANNERS`.
         settings: of a trainer of this package, as for ``dgplugins configure --set``.
+        batch_size: of a stock trainer, instead of the planned one; ResEnc presets plan for a GPU's memory.
     """
 
     name: str
     trainer: str
     plans: str = "nnUNetPlans"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,10 @@ class _Reader:
             self.note(f"{where}, settings", f"{trainer} is not of this package", "no settings")
         elif chosen:
             self._settings(f"{where}, settings", trainer, chosen)
+        size = values.get("batch_size")
+        if size is not None and (size < 1 or trainer in TRAINERS):
+            self.note(f"{where}, batch_size", f"{size} for {trainer}", "1 or more, for a stock trainer",
+                      "Trainers of this package have a setting batch_size.")  # fmt: skip
         return Method(name=name, **values)
 
     def _settings(self, where: str, trainer: str, chosen: Mapping[str, Any]) -> None:
@@ -258,6 +266,9 @@ class _Reader:
             self.note(f"{where}, ratios", f"dgplugins convert {values['convert']} has no --ratio", "no ratios")
         if not all(0 < ratio <= 1 for ratio in values.get("ratios", ())):
             self.note(f"{where}, ratios", repr(list(values["ratios"])), "shares above 0, at most 1")
+        spacing = values.get("spacing", ())
+        if spacing and (len(spacing) != 3 or min(spacing) <= 0):
+            self.note(f"{where}, spacing", repr(list(spacing)), "three lengths in mm, slices first")
         if "download" in values:
             values["download"] = self._folder(f"{where}, download", values["download"])
         if "prepare" in values:

@@ -110,7 +110,8 @@ class _Collection:
     def __init__(self, study: Study, data: Data, out: Path, device: str):
         self.study, self.data, self.out, self.device = study, data, out, device
         # another download or other options are other data, in a folder of their own
-        mark = content_hash([data.convert, data.download, data.prepare, data.first_id, data.options])[:8]
+        parts = [data.convert, data.download, data.prepare, data.first_id, data.options, *data.spacing]
+        mark = content_hash(parts)[:8]
         self.folder = out / "data" / f"{slug(data.name)}-{mark}"
         self.download = data.download or str(self.folder / "download")
         self.made: list[Task] = []
@@ -158,16 +159,21 @@ class _Variant:
         convert = ["dgplugins", "convert", data.convert, self.all.download, "--id", self.id, "--source", self.source]
         convert += [] if self.ratio is None else ["--ratio", f"{self.ratio:g}"]
         converted = self.all.add(f"convert {self.title}", "convert", [*convert, *data.options], needs)
+        spacing = ["-overwrite_target_spacing", *(f"{length:g}" for length in data.spacing)] if data.spacing else []
         plan = ["nnUNetv2_plan_and_preprocess", "-d", self.id, "-c", configuration, "--verify_dataset_integrity"]
         planned = {
             "nnUNetPlans": self.all.add(
-                f"plan {self.title}", "plan", [*plan, "-np", "1", "-npfp", "1", "--no_pbar"], (converted,), _PLANNING
+                f"plan {self.title}",
+                "plan",
+                [*plan, "-np", "1", "-npfp", "1", "--no_pbar", *spacing],
+                (converted,),
+                _PLANNING,
             )
         }
         ready: list[tuple[Method, str, str]] = []
         for method in self.study.methods:
             if method.plans not in planned:
-                words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans]]
+                words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans], *spacing]
                 planned[method.plans] = self.all.add(
                     f"plan {self.title} {method.plans}", "plan again", words, (planned["nnUNetPlans"],), _PLANNING
                 )
@@ -185,6 +191,11 @@ class _Variant:
         """Add what a method needs before its trainings; return the name of its plans and the key to wait for."""
         plans, ready, name = method.plans, planned, f"{self.title} {method.name}"
         own = method.trainer in TRAINERS
+        if method.batch_size:
+            plans = f"{method.plans}_{slug(method.name)}_batch{method.batch_size}"
+            words = ["dgplugins", "configure", self.id, "-p", method.plans, "-o", plans, "-c", self.study.configuration]
+            words += ["--batch-size", str(method.batch_size)]
+            ready = self.all.add(f"configure {name}", "configure", words, (planned,))
         if method.settings:
             plans = f"{method.plans}_{slug(method.name)}_{content_hash(dict(method.settings))[:8]}"
             words = ["dgplugins", "configure", self.id, "-tr", method.trainer, "-p", method.plans, "-o", plans, "--set"]

@@ -57,13 +57,21 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         "a": {"convert": "prostate-sml", "download": "nowhere", "first_id": 999, "sources": ["RUNMC", "BMC"]},
         "b": {"convert": "prostate-saml", "first_id": 999, "sources": ["Oslo"], "ratios": [2.0], "extra": 1},
         "c": {"convert": "prostate-saml", "prepare": "make it", "first_id": "ten", "sources": ["UCL"]},
-        "d": {"convert": "prostate-saml", "download": "$NOT_SET_AT_ALL/x", "first_id": 5, "sources": ["UCL", "ucl"]},
+        "d": {
+            "convert": "prostate-saml",
+            "download": "$NOT_SET_AT_ALL/x",
+            "first_id": 5,
+            "sources": ["UCL", "ucl"],
+            "spacing": [3.0, 1.0],
+        },
     }
     methods = {
         "one": {"trainer": "DeSAMTraner", "plans": "nnUNetPlan"},
         "two": {"trainer": "nnUNetTrainer", "settings": {"sam": "vit_b"}},
         "three": {"trainer": "DeSAMTrainer", "settings": {"epochs": 3, "smm": 1, "grid_size": 0}},
         "four": {},
+        "six": {"trainer": "DeSAMTrainer", "batch_size": 2},
+        "seven": {"trainer": "nnUNetTrainer", "batch_size": 0},
     }
     path = written(
         tmp_path, datasets=datasets, methods=methods, budget={"minutes": 1, "epochs": 2}, seeds=[1, 1], baseline="five",
@@ -84,6 +92,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         "'ten'; expected whole number",
         "NOT_SET_AT_ALL not set",
         "different sites",
+        "[3.0, 1.0]; expected three lengths in mm",
         "no trainer 'DeSAMTraner'; did you mean 'DeSAMTrainer'?",
         "no plans 'nnUNetPlan'; did you mean 'nnUNetPlans'?",
         "nnUNetTrainer is not of this package",
@@ -91,6 +100,8 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         "unknown setting 'smm'",
         "grid_size",
         "method four: no trainer",
+        "2 for DeSAMTrainer; expected 1 or more, for a stock trainer",
+        "0 for nnUNetTrainer",
         "exactly one of minutes, epochs and iterations",
         "different whole numbers",
         "no method 'five'",
@@ -177,6 +188,25 @@ def test_a_papers_protocol_reaches_the_evaluations_and_keeps_the_others_results(
     assert not {task.run.folder for task in before if task.run} & {task.run.folder for task in after if task.run}
     trainings = [{task.key for task in tasks if task.kind.startswith("train")} for tasks in (standard, desam)]
     assert trainings[0] == trainings[1]
+
+
+def test_a_coarser_spacing_reaches_every_planner_and_is_other_data(tmp_path: Path):
+    coarse = {"phantom": {**GOOD["datasets"]["phantom"], "spacing": [10, 2.5, 2.5]}}  # type: ignore[index]
+    fine, tasks = tasks_of(tmp_path), tasks_of(tmp_path, datasets=coarse)
+    plans = [task for task in tasks if task.kind in ("plan", "plan again")]
+    assert len(plans) == 4
+    assert all(task.command[-4:] == ("-overwrite_target_spacing", "10", "2.5", "2.5") for task in plans)
+    assert not {task.key for task in fine} & {task.key for task in tasks}
+
+
+def test_a_smaller_batch_is_plans_of_its_own(tmp_path: Path):
+    methods = {**GOOD["methods"], "ResEnc M": {**GOOD["methods"]["ResEnc M"], "batch_size": 2}}  # type: ignore[dict-item]
+    tasks = tasks_of(tmp_path, methods=methods)
+    configure = next(task for task in tasks if "ResEnc M" in task.name and task.kind == "configure")
+    assert configure.command[-2:] == ("--batch-size", "2")
+    train = next(task for task in tasks if task.kind == "train ResEnc M")
+    assert train.command[train.command.index("-p") + 1] == configure.command[configure.command.index("-o") + 1]
+    assert train.needs == (configure.key,)
 
 
 def test_an_earlier_stage_is_trained_first_in_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -97,6 +97,17 @@ def test_configured_plans_are_used_with_their_name(world: World):
     assert world.construct("DeSAMGridTrainer", plans="nnUNetPlansQuick").settings.loss == "paper"
 
 
+def test_plans_for_a_stock_trainer_take_another_batch_size_and_nothing_else(world: World):
+    world.use(Recipe(), own=True)
+    before = read_json(world.preprocessed / "nnUNetPlans.json")
+    done = CliRunner().invoke(configure, [str(world.number), "--batch-size", "7", "-o", "SmallBatch"])
+    assert done.exit_code == 0, done.output
+    after = read_json(world.preprocessed / "SmallBatch.json")
+    assert after["configurations"]["2d"].pop("batch_size") == 7
+    assert before["configurations"]["2d"].pop("batch_size") != 7
+    assert after == {**before, "plans_name": "SmallBatch"}
+
+
 def test_a_configuration_that_inherits_keeps_its_parents_settings(world: World):
     world.use(Recipe(), own=True).no_settings()
 
