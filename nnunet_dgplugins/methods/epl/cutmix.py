@@ -23,7 +23,7 @@ def sample_masks(
     boxes: int = BOXES,
     area: tuple[float, float] = AREA,
 ) -> Tensor:
-    """Return ``count`` masks (count, 1, \\*size), bool, on the CPU.
+    """Return ``count`` masks (count, 1, *size), bool, on the CPU.
 
     Args:
         count: number of masks.
@@ -64,7 +64,7 @@ def paint_boxes(drawn: Tensor, size: Sequence[int]) -> Tensor:
         size: (H, W) or (D, H, W).
 
     Returns:
-        (count, 1, \\*size) bool, true inside an odd number of boxes, on the device of ``drawn``.
+        (count, 1, *size) bool, true inside an odd number of boxes, on the device of ``drawn``.
     """
     if len(size) not in (2, 3):
         raise ValueError(f"size is (H, W) or (D, H, W), got {tuple(size)}.")
@@ -91,9 +91,9 @@ def mix(first: Tensor, second: Tensor, masks: Tensor) -> Tensor:
     """Return ``first`` where the mask is 0 and ``second`` where it is 1; images, logits and label maps alike.
 
     Args:
-        first: (B, C, \\*size), or (B, \\*size) for label maps.
+        first: (B, C, *size), or (B, *size) for label maps.
         second: same shape.
-        masks: (B, 1, \\*size), any device and type.
+        masks: (B, 1, *size), any device and type.
     """
     where = masks.to(first.device, torch.bool)
     return torch.where(where if first.ndim == where.ndim else where.squeeze(1), second, first)

@@ -26,11 +26,11 @@ def pseudo_labels(plain: Tensor, styled: Tensor) -> Tensor:
     """Return the class of the mean of both logits, hard and everywhere: no threshold, no ignored region.
 
     Args:
-        plain: teacher logits on the image (B, K, \\*space).
+        plain: teacher logits on the image (B, K, ...).
         styled: the same on its Fourier version.
 
     Returns:
-        (B, \\*space) int64.
+        (B, ...) int64.
     """
     return (_at_least_float32(plain) + _at_least_float32(styled)).argmax(dim=1)
 
@@ -39,11 +39,11 @@ def disagreement(plain: Tensor, styled: Tensor) -> Tensor:
     """Return KL(q || p) per pixel, natural logarithm, summed over classes; 0 means agreement.
 
     Args:
-        plain: logits on the image (B, K, \\*space), p = softmax.
+        plain: logits on the image (B, K, ...), p = softmax.
         styled: logits on its Fourier version, q = softmax.
 
     Returns:
-        (B, \\*space). Gradients reach both inputs.
+        (B, ...). Gradients reach both inputs.
     """
     return _divergence(_log_softmax(plain), _log_softmax(styled))
 
@@ -63,9 +63,9 @@ def cross_pseudo_supervision(
     per pixel or mean(C) * mean(ce) per batch. The network whose labels are learnt also says how far to trust them.
 
     Args:
-        plain: student logits on the CutMix image, of network 1 and 2, each (B, K, \\*space).
+        plain: student logits on the CutMix image, of network 1 and 2, each (B, K, ...).
         styled: the same on the CutMix of the Fourier versions.
-        labels: pseudo-labels that network 1 and 2 made, each (B, \\*space) int64.
+        labels: pseudo-labels that network 1 and 2 made, each (B, ...) int64.
         cps_weight: weight of the whole; published 3.
         confidence: ``pixel`` or ``batch``.
         detach_confidence: cut the gradient through C; published: not cut. V is minimised either way.
@@ -112,9 +112,9 @@ def dice_losses(logits: Tensor, target: Tensor) -> Tensor:
     Sums run over the whole batch, so a class absent from one image costs nothing as long as none is predicted there.
 
     Args:
-        logits: (B, K, \\*space).
-        target: class numbers (B, \\*space), where a number outside 0..K-1 (an ignore label) leaves the pixel out;
-            or one-hot (B, K, \\*space).
+        logits: (B, K, ...).
+        target: class numbers (B, ...), where a number outside 0..K-1 (an ignore label) leaves the pixel out;
+            or one-hot (B, K, ...).
 
     Returns:
         (K,).
@@ -137,7 +137,7 @@ def supervised_dice(logits: Tensor, target: Tensor, channel: int | None = None) 
     """Return the published supervised loss of one network: batch Dice without cross-entropy.
 
     Args:
-        logits: (B, K, \\*space).
+        logits: (B, K, ...).
         target: as in :func:`dice_losses`.
         channel: None: the SUM over all classes, background included, 0 to K (M&Ms); a number: that class alone,
             0 to 1 (SCGM: grey matter, channel 0 of the released models).
@@ -147,7 +147,7 @@ def supervised_dice(logits: Tensor, target: Tensor, channel: int | None = None) 
 
 
 def mean_probability(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean of both networks' softmax (B, K, \\*space), the published prediction."""
+    """Return the mean of both networks' softmax (B, K, ...), the published prediction."""
     return (_at_least_float32(first).softmax(dim=1) + _at_least_float32(second).softmax(dim=1)) / 2
 
 

@@ -35,11 +35,11 @@ class UnlabelledImages:
     """Two unlabelled batches, their Fourier versions and the CutMix masks.
 
     Args:
-        first: U0, (B, C, \\*space).
+        first: U0, (B, C, ...).
         second: U1, same shape; taken where the mask is 1.
         first_styled: F(U0), pixel by pixel aligned with U0.
         second_styled: F(U1).
-        masks: (B, 1, \\*space), used for plain and Fourier images alike.
+        masks: (B, 1, ...), used for plain and Fourier images alike.
     """
 
     first: Tensor
@@ -60,7 +60,7 @@ class Passes:
     Args:
         plain: student logits on the CutMix image, full resolution, with gradients.
         styled: student logits on the CutMix of the Fourier versions, likewise.
-        labels: pseudo-labels that each network made for the CutMix image, (B, \\*space) int64.
+        labels: pseudo-labels that each network made for the CutMix image, (B, ...) int64.
         labelled: outputs on the labelled images as the networks gave them (a list under deep supervision), or None.
     """
 
@@ -76,7 +76,7 @@ def published_passes(networks: Sequence[Network], images: UnlabelledImages, labe
     Args:
         networks: the two networks.
         images: unlabelled images.
-        labelled: labelled images (B', C, \\*space), any number of them.
+        labelled: labelled images (B', C, ...), any number of them.
     """
     labels = [_published_labels(network, images) for network in networks]
     mixed = images.mixed()
