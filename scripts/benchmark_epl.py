@@ -132,8 +132,8 @@ def fourier_rows(side: int = 300, batch: int = 4, repeats: int = 20, device_name
 # ---------------------------------------------------------------- step
 
 
-def training_step(form: str, layout: str, size: int, device: torch.device, amp: bool = False) -> Callable[[], None]:
-    """Return a function that makes one whole training step."""
+def training_steps(layout: str, size: int, device: torch.device, amp: bool = False) -> dict[str, Callable[[], None]]:
+    """Return for each form a function that makes one whole training step; the forms share networks and optimisers."""
     torch.manual_seed(0)
     memory = LAYOUTS[layout]
     networks = [DeepLabV3Plus(1, CLASSES).to(device, memory_format=memory) for _ in range(2)]
@@ -148,7 +148,7 @@ def training_step(form: str, layout: str, size: int, device: torch.device, amp: 
     labelled = draw(LABELLED)
     target = torch.randint(0, CLASSES, (LABELLED, size, size), device=device)
 
-    def step() -> None:
+    def step(form: str) -> None:
         with torch.autocast(device.type, enabled=amp):
             passes = FORMS[form](networks, images, labelled)
             assert passes.labelled is not None
@@ -162,16 +162,16 @@ def training_step(form: str, layout: str, size: int, device: torch.device, amp: 
             scaler.step(optimizer)
         scaler.update()
 
-    return step
+    return {form: partial(step, form) for form in FORMS}
 
 
 def step_rows(size: int = 288, repeats: int = 5, device_name: str = "cpu", amp: bool = False) -> list[Row]:
     """Time the variants in turn and measure the memory of each."""
     device = torch.device(device_name)
     allocator = keep_freed_memory() if device.type == "cpu" else "AMP" if amp else "float32"
-    steps = {variant: training_step(*variant, size, device, amp) for variant in VARIANTS}
-    seconds = in_turn(steps, repeats, device)
-    del steps
+    both = {layout: training_steps(layout, size, device, amp) for layout in LAYOUTS}
+    seconds = in_turn({(form, layout): both[layout][form] for form, layout in VARIANTS}, repeats, device)
+    del both
     peaks = {variant: _peak(*variant, size, device, amp) for variant in VARIANTS}
     what = f"EPL step, DeepLabV3+, {LABELLED}+{2 * UNLABELLED} images of {size}x{size}, {device.type}"
     said = f"{_threads(device)}, median of {repeats}, {allocator}"
@@ -193,7 +193,7 @@ def _peak(form: str, layout: str, size: int, device: torch.device, amp: bool) ->
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = training_step(form, layout, size, device, amp)
+        step = training_steps(layout, size, device, amp)[form]
         step(), step()
         return torch.cuda.max_memory_allocated() / 1e9
     done = subprocess.run(
@@ -227,7 +227,7 @@ def main(device: str, size: int, image: int, repeats: int, peak: tuple[str, str]
     """Print the rows."""
     if peak:
         keep_freed_memory()
-        step = training_step(*peak, size, torch.device("cpu"))
+        step = training_steps(peak[1], size, torch.device("cpu"))[peak[0]]
         step(), step()
         # kilobytes on Linux, bytes on macOS
         scale = 1 if sys.platform == "darwin" else 1024
