@@ -1,0 +1,126 @@
+"""Start weights (ImageNet ``resnet50_v1c``) and released models of EPL, as state dicts, into :mod:`.deeplab`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.methods.safe_loading import read_state_dict
+
+_BACKBONE = "backbone."
+_STEM = "backbone.conv1.0.weight"
+_CLASSIFIER = ("classifier.weight", "classifier.bias")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Which tensors of a file went into a network.
+
+    Args:
+        matched: loaded, by the network's names.
+        reshaped: in both but of another shape, ``name (file's shape) instead of (network's)``; skipped.
+        unknown: in the file only; skipped.
+        missing: in the network only; left as they were.
+    """
+
+    matched: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the network came from the file."""
+        return not self.reshaped and not self.missing
+
+    def __str__(self) -> str:
+        """Return the counts, and what was skipped by name."""
+        text = f"{len(self.matched)} tensors loaded"
+        for names, what in (
+            (self.reshaped, "of another shape, skipped"),
+            (self.unknown, "unknown to the network, skipped"),
+            (self.missing, "not in the file, left as they were"),
+        ):
+            if names:
+                text += f"; {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        return text + "."
+
+
+def load_matching(network: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
+    """Load what has the network's name and shape, and say what became of the rest."""
+    own = network.state_dict()
+    fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    network.load_state_dict(fits, strict=False)
+    return Loaded(
+        matched=tuple(fits),
+        reshaped=tuple(
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and key not in fits
+        ),
+        unknown=tuple(key for key in state if key not in own),
+        missing=tuple(key for key in own if key not in state),
+    )
+
+
+def load_start_weights(network: nn.Module, path: str | os.PathLike[str]) -> Loaded:
+    """Load ImageNet weights (``resnet50_v1c.pth``) into the backbone.
+
+    With an input of other than three channels the first convolution has another shape and starts at random, as
+    published; ``fc.*`` of the ImageNet classifier is unknown to the network.
+
+    Raises:
+        UserError: the file cannot be read safely, or nothing in it fits.
+    """
+    state = read_state_dict(path)
+    if not any(key.startswith(_BACKBONE) for key in state):
+        state = {_BACKBONE + key: value for key, value in state.items()}
+    # counters of the batches seen fit any network with batch normalisation
+    own = network.state_dict()
+    if not any(key in own and own[key].shape == value.shape and value.ndim for key, value in state.items()):
+        example = ", ".join(key.removeprefix(_BACKBONE) for key in list(state)[:3]) or "no tensor"
+        raise UserError(
+            f"{path}: nothing fits DeepLabV3+'s ResNet-50 v1c; found for example {example}. Expected the published "
+            "resnet50_v1c.pth with names such as conv1.0.weight and layer1.0.conv1.weight."
+        )
+    return load_matching(network, state)
+
+
+def read_released(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read one released network, saved as a state dict.
+
+    The released scripts pickle whole modules; such a file is refused with the line that re-saves it.
+
+    Returns:
+        Tensors named ``backbone.*``, ``head.*`` and ``classifier.*``; the background is the LAST class.
+
+    Raises:
+        UserError: the file cannot be read safely or is no EPL model.
+    """
+    state = read_state_dict(path)
+    missing = [key for key in (_STEM, *_CLASSIFIER) if key not in state]
+    if missing:
+        raise UserError(
+            f"{path}: not an EPL model: {missing[0]} is missing. Expected the state dict of one DeepLabV3+ network "
+            "with names such as backbone.conv1.0.weight, head.aspp.map_convs.0.weight and classifier.weight."
+        )
+    return state
+
+
+def in_channels(state: Mapping[str, Tensor]) -> int:
+    """Return the number of input channels, 1 in every released model."""
+    return int(state[_STEM].shape[1])
+
+
+def num_classes(state: Mapping[str, Tensor]) -> int:
+    """Return the number of classes, background included."""
+    return int(state[_CLASSIFIER[0]].shape[0])
+
+
+def background_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with the background as the first class, as nnU-Net counts, instead of the last."""
+    return {key: value.roll(1, 0) if key in _CLASSIFIER else value for key, value in state.items()}
