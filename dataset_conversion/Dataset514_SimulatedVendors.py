@@ -34,6 +34,8 @@ FACTS = Facts(
     channel_names={"0": "cine_MR"},
     labels={"background": 0, "RV": 1, "MYO": 2, "LV": 3},
     mapping={0: 0, 1: 1, 2: 2, 3: 3},
+    splits=("kfold", "labelled"),
+    few_labels=True,
     reference="SIMULATED sites, scripts/simulate_vendors.py on ACDC, https://www.creatis.insa-lyon.fr/Challenge/acdc/",
     licence="as ACDC; public copies state CC BY-NC-SA 4.0",
 )  # fmt: skip
