@@ -44,7 +44,7 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
     if facts.few_labels:
         options += _few_labels(facts)
     if facts.zones_flag:
-        text = f"Keep {', '.join(facts.zone_labels or ())}."
+        text = f"Write the labels {' and '.join(list(facts.zone_labels or ())[1:])}."
         options.append(click.option(facts.zones_flag, "zones", flag_value="keep", default="merge", help=text))
     elif facts.zone_labels is not None:
         zones = click.Choice(["merge", "keep"])
@@ -56,7 +56,7 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         default = facts.splits[0]
         if facts.few_labels:
             text = "Five folds by patient, or one fold that trains on every labelled case and validates on the same."
-            default += f", with --ratio or --labelled {facts.splits[1]}"
+            default += f"; {facts.splits[1]} where --ratio or --labelled is given"
         options.append(click.option("--split", type=choice, help=f"{text} [default: {default}]"))
 
     def callback(copy: bool, **options: Any) -> None:

@@ -81,7 +81,10 @@ def count_frames(path: Path) -> int:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
-            shape = nibabel.Nifti1Header.from_fileobj(stream, check=False).get_data_shape()
+            start = stream.read(4)
+            stream.seek(0)
+            header = nibabel.Nifti2Header if _is_second(start) else nibabel.Nifti1Header
+            shape = header.from_fileobj(stream).get_data_shape()
     except Exception as error:  # nibabel and gzip raise many kinds for files that are no NIfTI
         raise Unreadable(f"no readable NIfTI header ({error})") from error
     return int(shape[3]) if len(shape) > 3 else 1
@@ -101,10 +104,14 @@ def _load(path: Path) -> tuple[Any, str]:
     except OSError as error:
         raise Unreadable(f"cannot be read ({error.strerror or error})") from error
     try:
-        second = len(content) >= 4 and 540 in (int.from_bytes(content[:4], order) for order in ("little", "big"))
-        return (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content), sha256
+        return (nibabel.Nifti2Image if _is_second(content) else nibabel.Nifti1Image).from_bytes(content), sha256
     except Exception as error:  # nibabel raises many kinds for files that are no NIfTI
         raise Unreadable(f"not a readable NIfTI volume ({error})") from error
+
+
+def _is_second(start: bytes) -> bool:
+    """Return whether a file that starts so is NIfTI-2; its header's size comes first, in either byte order."""
+    return len(start) >= 4 and 540 in (int.from_bytes(start[:4], order) for order in ("little", "big"))
 
 
 @lru_cache(maxsize=2)  # an image and its mask; size and time tell a file that was replaced
