@@ -259,7 +259,11 @@ def _options(plan: _Plan) -> dict[str, Any]:
         "excluded": sorted(request.exclude),
     }
     # said where they were given, so that what was converted without them is still known as the same
-    few: dict[str, Any] = {"ratio": request.ratio, "labelled": request.labelled, "unannotated": request.unannotated or None}
+    few: dict[str, Any] = {
+        "ratio": request.ratio,
+        "labelled": request.labelled,
+        "unannotated": request.unannotated or None,
+    }
     few["protocol"] = request.count if request.ratio is not None and len(plan.facts.counts) > 1 else None
     few["frames"] = request.frames if any(case.frame is not None for case in plan.cases) else None
     return {**options, **{key: value for key, value in few.items() if value is not None}}

@@ -56,9 +56,11 @@ def test_a_stock_trainer_sees_labelled_source_cases_only(folders: Path, monkeypa
 def test_unlabelled_cases_are_preprocessed_and_hold_nothing_but_ignore(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
     trainer = trainer_of(folders, monkeypatch)
     folder = Path(trainer.preprocessed_dataset_folder)  # type: ignore[attr-defined]
-    dataset = trainer.dataset_class(str(folder))  # type: ignore[attr-defined]
+    dataset = infer_dataset_class(str(folder))(str(folder))
     assert len(list(folder.glob("*.pkl"))) == 4
     for name in ("SimA_patient001_frame01", "SimB_patient003_frame01"):
         _, label, _, properties = dataset.load_case(name)
