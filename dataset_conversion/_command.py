@@ -28,10 +28,10 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         click.argument("root", type=click.Path(path_type=Path)),
         click.option("--id", "dataset_id", type=click.IntRange(1, 999), default=facts.dataset_id, show_default=True,
                      help="nnU-Net's dataset id."),
-        click.option("--source", "sources", multiple=True, required=True, metavar="SITE",
-                     help=f"Site to train on; may be repeated. Sites: {sites}."),
+        click.option("--source", "sources", multiple=True, metavar="SITE",
+                     help=f"Site to train on; may be repeated. Sites: {sites}. [default: every one but the targets]"),
         click.option("--target", "targets", multiple=True, metavar="SITE",
-                     help="Site to test on; may be repeated. [default: every other one]"),
+                     help="Site to test on; may be repeated. [default: every one but the sources]"),
         click.option("--exclude", multiple=True, metavar="CASE", help="Case to leave out; may be repeated."),
         click.option("--drop-empty-slices", is_flag=True, help="Cut volumes to the slices that show organ."),
         click.option("--copy/--link", "copy", default=True, show_default=True,
@@ -41,16 +41,27 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
                      help="Processes."),
         *more,
     ]  # fmt: skip
-    if facts.zone_labels is not None:
+    if facts.few_labels:
+        options += _few_labels(facts)
+    if facts.zones_flag:
+        text = f"Write the labels {' and '.join(list(facts.zone_labels or ())[1:])}."
+        options.append(click.option(facts.zones_flag, "zones", flag_value="keep", default="merge", help=text))
+    elif facts.zone_labels is not None:
         zones = click.Choice(["merge", "keep"])
         text = "Merge the zones into one label, or keep them where every site has them."
         options.append(click.option("--zones", type=zones, default="merge", show_default=True, help=text))
     if len(facts.splits) > 1:
         choice = click.Choice(list(facts.splits))
         text = "How source cases validate: five folds by patient, or as published."
-        options.append(click.option("--split", type=choice, default=facts.splits[0], show_default=True, help=text))
+        default = facts.splits[0]
+        if facts.few_labels:
+            text = "Five folds by patient, or one fold that trains on every labelled case and validates on the same."
+            default += f"; {facts.splits[1]} where --ratio or --labelled is given"
+        options.append(click.option("--split", type=choice, help=f"{text} [default: {default}]"))
 
     def callback(copy: bool, **options: Any) -> None:
+        if not options["sources"] and not options["targets"]:
+            raise click.UsageError("Missing option '--source' (sites to train on) or '--target' (sites to test on).")
         from dataset_conversion._common import convert
 
         convert(facts, list_cases, Request(link=not copy, **options))
@@ -60,6 +71,24 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         wrapped = option(wrapped)
     settings = {"help_option_names": ["-h", "--help"]}
     return click.command(facts.command, help=help_text, context_settings=settings)(wrapped)
+
+
+def _few_labels(facts: Facts) -> list[Callable[..., Any]]:
+    """Return the options that say how many patients are labelled."""
+    options: list[Callable[..., Any]] = [
+        click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+                     help="Label this share of each source site's patients, the others are unlabelled cases. "
+                          "[default: all]"),
+        click.option("--labelled", type=click.IntRange(1), metavar="N",
+                     help="Label N patients of each source site."),
+    ]  # fmt: skip
+    if len(facts.counts) > 1:
+        choice = click.Choice(list(facts.counts))
+        text = "Patients that --ratio means: the share rounded up, or one more and per centre, as published."
+        options.append(
+            click.option("--protocol", "count", type=choice, default=facts.counts[0], show_default=True, help=text)
+        )
+    return options
 
 
 def run_as_script(command: click.Command) -> None:

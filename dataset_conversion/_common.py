@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dataset_conversion._facts import Facts, ListCases, Listing, Request, SourceCase
+from dataset_conversion import _labelled
+from dataset_conversion._facts import WITHOUT, Facts, ListCases, Listing, Request, SourceCase
 from dataset_conversion._protocols import PROTOCOLS
 from nnunet_dgplugins import __version__
 from nnunet_dgplugins.data import staging
@@ -38,11 +39,22 @@ class _Plan:
     targets: list[str]
     name: str
     cases: list[SourceCase]
+    shares: list[tuple[str, int, int]]  # group of source patients, how many are labelled, how many are annotated
     keep_zones: bool
 
     @property
     def labels(self) -> Mapping[str, int]:
-        return (self.facts.zone_labels or {}) if self.keep_zones else self.facts.labels
+        labels = (self.facts.zone_labels or {}) if self.keep_zones else self.facts.labels
+        return {**labels, "ignore": self.ignore} if any(case.label is None for case in self.cases) else labels
+
+    @property
+    def ignore(self) -> int:
+        """Value that fills the labels of unlabelled cases; nnU-Net wants the one after the last label."""
+        return 1 + max(self.mapping.values())
+
+    @property
+    def split(self) -> str:
+        return self.request.split or ("labelled" if self.request.few_labels else self.facts.splits[0])
 
     @property
     def mapping(self) -> Mapping[int, int]:
@@ -77,7 +89,10 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
         click.echo(f"{plan.name} is there already, made from the same input: nothing to do.")
         return final
     table = _table(plan, digest)
-    held_out, folds = PROTOCOLS[request.split](table, [case.name for case in plan.cases if case.site in plan.sources])
+    labelled = [case.name for case in plan.cases if case.site in plan.sources and case.label is not None]
+    if not labelled:
+        raise UserError(f"{request.root}: no annotated case of {', '.join(plan.sources)} is left to train on.")
+    held_out, folds = PROTOCOLS[plan.split](table, labelled)
     test = {case.name for case in plan.cases if case.site not in plan.sources or case.name in held_out}
     staging.refuse_other_content(final, digest, request.overwrite)
     _show_sites(plan, reports)
@@ -93,13 +108,14 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
 def _prepare(facts: Facts, list_cases: ListCases, request: Request) -> tuple[Path, _Plan, list[Problem]]:
     """List the cases and say what lies ahead; returns the final folder, the plan and the tree's problems."""
     raw = nnunet_folder(RAW)
+    _labelled.check(request)
     listing = Listing()
     list_cases(request.root, request, listing)
     plan = _plan(facts, request, listing)
     staging.refuse_other_names(plan.name)
     for warning in listing.warnings:
         click.echo(f"Note: {warning}", err=True)
-    paths = [path for case in plan.cases for path in (*case.images, case.label)]
+    paths = {path for case in plan.cases for path in (*case.images, *case.masks)}
     size = sum(path.stat().st_size for path in paths)
     click.echo(f"Checking {len(plan.cases)} cases, {len(paths)} files, {human_bytes(size)}.")
     chosen = {*plan.sources, *plan.targets}
@@ -116,12 +132,7 @@ def _plan(facts: Facts, request: Request, listing: Listing) -> _Plan:
     found = {case.site for case in listing.cases} | {trouble.site for trouble in listing.troubles if trouble.site}
     if not found and not listing.troubles:
         raise UserError(f"{request.root}: no cases found for {facts.command}; docs/data.md shows the expected tree.")
-    sources = list(dict.fromkeys(facts.site(text).name for text in request.sources))
-    targets = [facts.site(text).name for text in request.targets]
-    if not targets:
-        targets = [
-            site.name for site in facts.sites if site.default and site.name in found and site.name not in sources
-        ]
+    sources, targets, title = _sites(facts, request, found)
     for site in [*sources, *targets]:
         if site not in found:
             raise UserError(f"{request.root}: no cases of {site}; found {', '.join(sorted(found))}.")
@@ -131,22 +142,46 @@ def _plan(facts: Facts, request: Request, listing: Listing) -> _Plan:
     if request.zones == "keep" and facts.zone_labels is None:
         raise UserError(f"{facts.command}: this source has no zones to keep; use --zones merge.")
     names = {case.name for case in listing.cases} | {trouble.case for trouble in listing.troubles if trouble.case}
+    names |= {f"{case.site}_{case.patient}" for case in listing.cases}
     for name in request.exclude:
         if name not in names:
             raise UserError(f"--exclude {name}: no such case{near(name, names)}")
     rank = {site.name: index for index, site in enumerate(facts.sites)}
-    cases = [case for case in listing.cases if case.site in {*sources, *targets} and case.name not in request.exclude]
+    chosen = {*sources, *targets}
+    cases = [case for case in listing.cases if case.site in chosen and not case.answers_to(request.exclude)]
     cases.sort(key=lambda case: (rank[case.site], case.order, case.name))
+    shares = [(name, count, len(patients)) for name, patients, count in _labelled.groups(cases, sources, request)]
+    cases = _labelled.choose(cases, sources, request)
     number = facts.dataset_id if request.dataset_id is None else request.dataset_id
-    name = f"Dataset{number:03d}_{facts.name}_{'-'.join(sources)}"
-    return _Plan(facts, request, sources, targets, name, cases, request.zones == "keep")
+    name = f"Dataset{number:03d}_{facts.name}_{title}"
+    return _Plan(facts, request, sources, targets, name, cases, shares, request.zones == "keep")
+
+
+def _sites(facts: Facts, request: Request, found: set[str]) -> tuple[list[str], list[str], str]:
+    """Return source sites, target sites and how the dataset's name says it; what the user left open is the rest."""
+    named = list(dict.fromkeys(facts.site(text).name for text in request.sources))
+    targets = [facts.site(text).name for text in request.targets]
+    without = [name for name in named if name.startswith(WITHOUT)]
+    if without and (len(named) > 1 or targets):
+        raise UserError(f"--source {without[0]} says all there is to say; leave out the other --source and --target.")
+    targets = [name[len(WITHOUT) :] for name in without] or targets
+    sources = [name for name in named if name not in without]
+    rest = [site.name for site in facts.sites if site.default and site.name in found - {*sources, *targets}]
+    if sources:
+        return sources, targets or rest, "-".join(sources)
+    if not targets:
+        raise UserError(f"{facts.command}: name the sites to train on (--source) or those to test on (--target).")
+    if not rest:
+        raise UserError(f"{request.root}: no site is left to train on; found {', '.join(sorted(found))}.")
+    return rest, targets, WITHOUT + "-".join(targets)
 
 
 def _recipe(plan: _Plan, case: SourceCase) -> Any:
     from dataset_conversion._volumes import Recipe
 
     window = plan.facts.window if case.site in plan.facts.window_sites else None
-    return Recipe(dict(plan.mapping), window, plan.request.drop_empty_slices, plan.request.link)
+    drop = plan.request.drop_empty_slices
+    return Recipe(dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters)
 
 
 def _check(plan: _Plan) -> list[Checked]:
@@ -170,7 +205,8 @@ def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
         if report.voxels:
             same[report.voxels].append(case)
     for cases in same.values():
-        if len({case.name for case in cases}) > 1:
+        of_one_series = all(case.frame is not None for case in cases) and len({case.images for case in cases}) == 1
+        if len({case.name for case in cases}) > 1 and not of_one_series:
             paths = " and ".join(case.original for case in cases)
             fix = f"Leave all but one out, for instance with --exclude {cases[-1].name}."
             problems.append(Problem(paths, "the same image twice, a duplicate patient", fix=fix))
@@ -214,13 +250,23 @@ def _digest(plan: _Plan, reports: list[Checked]) -> str:
 
 
 def _options(plan: _Plan) -> dict[str, Any]:
-    return {
+    request = plan.request
+    options = {
         "converter": plan.facts.command,
-        "zones": plan.request.zones,
-        "split": plan.request.split,
-        "drop_empty_slices": plan.request.drop_empty_slices,
-        "excluded": sorted(plan.request.exclude),
+        "zones": request.zones,
+        "split": plan.split,
+        "drop_empty_slices": request.drop_empty_slices,
+        "excluded": sorted(request.exclude),
     }
+    # said where they were given, so that what was converted without them is still known as the same
+    few: dict[str, Any] = {
+        "ratio": request.ratio,
+        "labelled": request.labelled,
+        "unannotated": request.unannotated or None,
+    }
+    few["protocol"] = request.count if request.ratio is not None and len(plan.facts.counts) > 1 else None
+    few["frames"] = request.frames if any(case.frame is not None for case in plan.cases) else None
+    return {**options, **{key: value for key, value in few.items() if value is not None}}
 
 
 def _show_sites(plan: _Plan, reports: list[Checked]) -> None:
@@ -233,6 +279,11 @@ def _show_sites(plan: _Plan, reports: list[Checked]) -> None:
         shapes = ", ".join(_range([report.shape[axis] for report in own]) for axis in range(3))
         spacing = ", ".join(_range([round(report.spacing[axis], 3) for report in own]) for axis in range(3))
         click.echo(f"{site:8} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
+    unlabelled = sum(case.label is None for case in plan.cases)
+    if unlabelled:
+        for name, count, patients in plan.shares:
+            click.echo(f"{name}: {count} of {patients} annotated patients labelled")
+        click.echo(f"{unlabelled} training cases are unlabelled; their labels are filled with the ignore value.")
     files = sum(len(case.images) + 1 for case in plan.cases)
     click.echo(f"Writing {files} files, about {human_bytes(sum(report.bytes for report in reports))}.")
 
@@ -244,7 +295,10 @@ def _range(numbers: list[Any]) -> str:
 
 def _table(plan: _Plan, digest: str) -> CaseTable:
     return CaseTable(
-        cases={case.name: Case(case.site, case.patient, original=case.original) for case in plan.cases},
+        cases={
+            case.name: Case(case.site, case.patient, labelled=case.label is not None, original=case.original)
+            for case in plan.cases
+        },
         source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
         protocol={
             **_options(plan),

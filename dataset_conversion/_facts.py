@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_dgplugins.errors import Problem, UserError, nearest
 
+WITHOUT = "without_"  # in names of datasets and sources: trained on every site but the one that follows
 VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 
@@ -48,6 +49,10 @@ class Facts:
         window: lowest and highest value kept where a volume of ``window_sites`` reaches below the lowest.
         window_sites: sites whose volumes may be windowed (CT in Hounsfield units).
         splits: names of the ways to split, the default first.
+        few_labels: whether a share of the patients can be labelled only, and the rest kept as unlabelled cases.
+        counts: ways to count the labelled patients of a share, the default first (:mod:`dataset_conversion._labelled`).
+        raters: masks per case, fused into one label.
+        zones_flag: option that keeps the zones, where ``--zones keep`` would be the wrong word.
         reference: where the data come from.
         licence: what the data may be used for, as far as known.
         simulated: whether the sites are made by a program; said in the case table and in every study's tables.
@@ -65,12 +70,16 @@ class Facts:
     window: tuple[int, int] | None = None
     window_sites: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("kfold",)
+    few_labels: bool = False
+    counts: tuple[str, ...] = ("honest",)
+    raters: int = 1
+    zones_flag: str = ""
     reference: str = ""
     licence: str = ""
     simulated: bool = False
 
     def site(self, text: str) -> Site:
-        """Return the site that ``text`` means.
+        """Return the site that ``text`` means; ``without_X`` stands for every site but X, as one source.
 
         Raises:
             UserError: no site is called so.
@@ -78,6 +87,8 @@ class Facts:
         for site in self.sites:
             if site.answers_to(text):
                 return site
+        if text.casefold().startswith(WITHOUT):
+            return Site(WITHOUT + self.site(text[len(WITHOUT) :]).name)
         raise UserError(f"{self.command}: unknown site '{text}'{nearest(text, [site.name for site in self.sites])}")
 
 
@@ -88,20 +99,37 @@ class SourceCase:
     Args:
         name: case id in nnU-Net, already safe in file names.
         images: one file per channel.
-        label: voxel annotation.
+        label: voxel annotation; None for an unlabelled case, whose label is filled with the ignore value.
         site: name of the site.
         patient: patient within the site.
         original: path of the first image relative to the download's root.
         order: position within the site; numbers count as numbers.
+        raters: masks by further raters, fused with ``label``.
+        frame: time point of images and label, counted from 0; None where files hold one volume.
+        centre: part of the site whose patients a published protocol counts by themselves.
+        spare: a case without annotation that is used only while all of its patient is unlabelled.
     """
 
     name: str
     images: tuple[Path, ...]
-    label: Path
+    label: Path | None
     site: str
     patient: str
     original: str
     order: tuple[int, str] = (0, "")
+    raters: tuple[Path, ...] = ()
+    frame: int | None = None
+    centre: str = ""
+    spare: bool = False
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """Every mask that is read; none of an unlabelled case."""
+        return () if self.label is None else (self.label, *self.raters)
+
+    def answers_to(self, names: Collection[str]) -> bool:
+        """Return whether one of ``names`` is this case or its whole patient (``<site>_<patient>``)."""
+        return self.name in names or f"{self.site}_{self.patient}" in names
 
 
 @dataclass(frozen=True)
@@ -132,16 +160,21 @@ class Request:
     Args:
         root: folder of the download.
         dataset_id: nnU-Net id, None for the converter's own.
-        sources: source sites; their cases are trained on.
-        targets: sites that become test cases; empty for every other one.
+        sources: source sites; their cases are trained on. Empty for every one but the targets.
+        targets: sites that become test cases; empty for every one but the sources.
         exclude: case ids to leave out.
         zones: ``merge`` or ``keep``.
-        split: one of the facts' ``splits``.
+        split: one of the facts' ``splits``; None for the default.
         drop_empty_slices: cut each volume to the slices from the first to the last with organ.
         link: link files that need no change instead of copying them.
         overwrite: replace an earlier conversion of other input or options.
         jobs: processes.
         site_map: CSV or JSON file that says the site of each case, where the tree does not.
+        ratio: share of each source site's annotated patients that stays labelled; None for all.
+        labelled: number of labelled patients per source site, in place of ``ratio``.
+        count: one of the facts' ``counts``.
+        unannotated: take the patients of source sites that the download has no masks for as unlabelled cases.
+        frames: time points of unlabelled patients: ``edes``, ``every=N`` or ``all``.
     """
 
     root: Path
@@ -150,12 +183,22 @@ class Request:
     targets: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     zones: str = "merge"
-    split: str = "kfold"
+    split: str | None = None
     drop_empty_slices: bool = False
     link: bool = False
     overwrite: bool = False
     jobs: int = 2
     site_map: Path | None = None
+    ratio: float | None = None
+    labelled: int | None = None
+    count: str = "honest"
+    unannotated: bool = False
+    frames: str = "edes"
+
+    @property
+    def few_labels(self) -> bool:
+        """Whether only some of the annotated patients are to be labelled."""
+        return self.ratio is not None or self.labelled is not None
 
 
 def entries(folder: Path) -> list[Path]:

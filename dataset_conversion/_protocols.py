@@ -38,4 +38,10 @@ def cross_modality(table: CaseTable, names: Sequence[str]) -> Outcome:
     return list(names[:test]), [{"train": list(rest[val:]), "val": list(rest[:val])}]
 
 
-PROTOCOLS = {"kfold": five_fold, "desam": desam, "published": cross_modality}
+def every_labelled_case(table: CaseTable, names: Sequence[str]) -> Outcome:
+    """One fold that trains on every labelled case and validates on the same ones: none can be spared (Yao et al.)."""
+    labelled = sorted(name for name in names if table.cases[name].labelled)
+    return [], [{"train": labelled, "val": labelled, splits.VALIDATES_ON: splits.TRAINING}]
+
+
+PROTOCOLS = {"kfold": five_fold, "labelled": every_labelled_case, "desam": desam, "published": cross_modality}

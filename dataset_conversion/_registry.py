@@ -13,6 +13,8 @@ CONVERTERS = {
     ),
     "prostate-desam": ("Dataset503_ProstateDeSAM", "The same prostates as the DeSAM authors released them (raw_data)."),
     "abdomen-ctmr": ("Dataset504_AbdomenCTMR", "Four abdominal organs in CT and MR (SABSCT, CHAOST2)."),
+    "mnms": ("Dataset507_MnMs", "M&Ms, cardiac cine MR of four vendors; few labels (--target, --ratio)."),
+    "scgm": ("Dataset508_SCGM", "Spinal cord grey matter of four sites, four raters; few labels."),
     "simulated-vendors": ("Dataset514_SimulatedVendors", "Four SIMULATED vendors on ACDC hearts (SimA to SimD)."),
 }
 

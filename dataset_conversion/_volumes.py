@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import shutil
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dataset_conversion._facts import SourceCase
+from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
+from dataset_conversion._raters import fuse
 from nnunet_dgplugins.errors import Problem
 from nnunet_dgplugins.files import replacing
 
 GEOMETRY_TOLERANCE = 1e-3  # mm; rounding of headers stays below, one shifted voxel does not
-SHEAR_TOLERANCE = 1e-4  # ITK, which nnU-Net reads with, refuses axes that are further from a right angle
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,16 @@ class Recipe:
         window: see :class:`dataset_conversion._facts.Facts`; None for cases that are never windowed.
         drop_empty_slices: cut to the slices from the first to the last with organ.
         link: link files that need no change.
+        ignore: value that fills the label of a case without annotation.
+        raters: masks per case, fused into one label.
     """
 
     mapping: Mapping[int, int]
     window: tuple[int, int] | None = None
     drop_empty_slices: bool = False
     link: bool = False
+    ignore: int = 0
+    raters: int = 1
 
 
 @dataclass
@@ -71,107 +74,30 @@ class Checked:
     bytes: int = 0
 
 
-@dataclass
-class _Volume:
-    """A NIfTI file in memory: image object, 3D array in file units (scaled), affine and what was put right."""
-
-    image: Any
-    array: npt.NDArray[Any]
-    affine: npt.NDArray[np.float64]
-    sha256: str
-    squeezed: bool
-    straightened: bool
-
-
-class _Unreadable(Exception):
-    """The file is no volume we can use; the text says why."""
-
-
-def _read(path: Path) -> _Volume:
-    """Read a NIfTI file whatever its ending says.
-
-    Raises:
-        _Unreadable: missing, empty, truncated, no NIfTI, or not a 3D volume of real numbers.
-    """
-    import nibabel
-
-    try:
-        content = path.read_bytes()
-        sha256 = hashlib.sha256(content).hexdigest()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _Unreadable(f"truncated or damaged gzip ({error})") from error
-    except OSError as error:
-        raise _Unreadable(f"cannot be read ({error.strerror or error})") from error
-    try:
-        second = len(content) >= 4 and 540 in (int.from_bytes(content[:4], order) for order in ("little", "big"))
-        image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
-        array = np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel raises many kinds for files that are no NIfTI
-        raise _Unreadable(f"not a readable NIfTI volume ({error})") from error
-    if array.dtype.kind not in "iufb":
-        raise _Unreadable(f"voxels of type {array.dtype}, expected real numbers")
-    squeezed = array.ndim > 3 and all(size == 1 for size in array.shape[3:])
-    if squeezed:
-        array = array.reshape(array.shape[:3])
-    if array.ndim != 3:
-        raise _Unreadable(f"shape {_sizes(array.shape)}, expected one 3D volume")
-    if array.size == 0:
-        raise _Unreadable(f"shape {_sizes(array.shape)}, expected voxels")
-    affine, straightened = _straight(np.asarray(image.affine, float))
-    return _Volume(image, array, affine, sha256, squeezed, straightened)
-
-
-def _straight(affine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], bool]:
-    """Return the affine with axes at right angles, and whether that took a change.
-
-    Raises:
-        _Unreadable: the affine is no geometry at all.
-    """
-    if not np.isfinite(affine).all() or np.any(np.linalg.norm(affine[:3, :3], axis=0) <= 0):
-        raise _Unreadable("the header's geometry has a voxel size that is zero or not a number")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    axes = affine[:3, :3] / spacing
-    if np.abs(axes.T @ axes - np.eye(3)).max() <= SHEAR_TOLERANCE:
-        return affine, False
-    left, _, right = np.linalg.svd(axes)
-    straight = affine.copy()
-    straight[:3, :3] = (left @ right) * spacing  # the nearest rotation
-    return straight, True
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "none"
-
-
 def check_case(case: SourceCase, recipe: Recipe) -> Checked:
-    """Read a case completely and say everything that is wrong with it."""
+    """Read a case completely and say everything that is wrong with it; of an unlabelled case no mask is opened."""
     report = Checked(case.name)
-    images = []
-    for path in case.images:
-        try:
-            volume = _read(path)
-        except _Unreadable as error:
-            report.problems.append(Problem(str(path), str(error), fix="Download or export it again."))
-            continue
-        images.append(volume)
+    images = _read_all(case.images, case.frame, report)
+    for path, volume in images.items():
         _check_image(path, volume, recipe, report)
-    try:
-        label = _read(case.label)
-    except _Unreadable as error:
-        report.problems.append(Problem(str(case.label), str(error), fix="Download or export it again."))
+    masks = _read_all(case.masks, case.frame, report)
+    report.files = [volume.sha256 for volume in (*images.values(), *masks.values())]
+    fused = None
+    if len(masks) < len(case.masks):
         return report
-    report.files = [volume.sha256 for volume in (*images, label)]
-    values = _check_label(case.label, label, recipe, report)
+    checked = [_check_label(path, mask, recipe, report) for path, mask in masks.items()]
+    rounded = [values for values in checked if values is not None]
+    if len(rounded) == len(checked) and len({values.shape for values in rounded}) == 1:
+        fused = fuse(rounded) if recipe.raters > 1 else rounded[0]
+        _count_label(case, fused, recipe, report)
     if len(images) < len(case.images):
         return report
-    first = images[0]
+    first = images[case.images[0]]
     report.shape, report.spacing = first.array.shape, tuple(np.linalg.norm(first.affine[:3, :3], axis=0).tolist())
     report.voxels = hashlib.sha256(repr(first.array.shape).encode() + first.array.tobytes()).hexdigest()
-    for path, volume in [*zip(case.images[1:], images[1:], strict=True), (case.label, label)]:
+    for path, volume in [*list(images.items())[1:], *masks.items()]:
         if volume.array.shape != first.array.shape:
-            found, wanted = _sizes(volume.array.shape), _sizes(first.array.shape)
+            found, wanted = sizes(volume.array.shape), sizes(first.array.shape)
             report.problems.append(Problem(str(path), f"shape {found}", f"{wanted} as {case.images[0].name}"))
             continue
         distance = _disagreement(first.affine, volume.affine, first.array.shape)
@@ -179,11 +105,22 @@ def check_case(case: SourceCase, recipe: Recipe) -> Checked:
             report.warnings.append(
                 f"{path}: its header disagrees with the image's by up to {distance:.3g} mm; the image's is used"
             )
-    _plan(case, images, label, values, recipe, report)
+    _plan(case, list(images.values()), list(masks.values()), fused, recipe, report)
     return report
 
 
-def _check_image(path: Path, volume: _Volume, recipe: Recipe, report: Checked) -> None:
+def _read_all(paths: Sequence[Path], frame: int | None, report: Checked) -> dict[Path, Volume]:
+    """Read files; those that cannot be read become problems and are left out."""
+    volumes = {}
+    for path in paths:
+        try:
+            volumes[path] = read_volume(path, frame)
+        except Unreadable as error:
+            report.problems.append(Problem(str(path), str(error), fix="Download or export it again."))
+    return volumes
+
+
+def _check_image(path: Path, volume: Volume, recipe: Recipe, report: Checked) -> None:
     if volume.array.dtype.kind == "f":
         bad = int(volume.array.size - np.count_nonzero(np.isfinite(volume.array)))
         if bad:
@@ -201,14 +138,14 @@ def _windowed(array: npt.NDArray[Any], recipe: Recipe) -> bool:
     return recipe.window is not None and float(array.min()) < recipe.window[0]
 
 
-def _check_label(path: Path, label: _Volume, recipe: Recipe, report: Checked) -> npt.NDArray[np.int64]:
-    """Return the label's values, rounded; anything that is no known whole number becomes a problem."""
+def _check_label(path: Path, label: Volume, recipe: Recipe, report: Checked) -> npt.NDArray[np.int64] | None:
+    """Return the label's values, rounded, None if they are no whole numbers; unknown ones become a problem too."""
     array = label.array
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             report.problems.append(Problem(str(path), f"{bad} label voxels are NaN or infinite", "whole numbers"))
-            return np.zeros(array.shape, np.int64)
+            return None
         odd = np.abs(array - np.rint(array)) > 1e-3  # scale factors leave 0.99999997
         if odd.any():
             examples = ", ".join(f"{value:g}" for value in np.unique(array[odd])[:3])
@@ -218,18 +155,36 @@ def _check_label(path: Path, label: _Volume, recipe: Recipe, report: Checked) ->
                     "It was resampled with interpolation: resample it again with nearest neighbour.",
                 )
             )  # fmt: skip
-            return np.zeros(array.shape, np.int64)
+            return None
     values = np.rint(array).astype(np.int64)
-    found, counts = np.unique(values, return_counts=True)
-    report.values = dict(zip(found.tolist(), counts.tolist(), strict=True))
-    unknown = [value for value in report.values if value not in recipe.mapping]
+    present = _count(values)
+    unknown = [value for value in present if value not in recipe.mapping]
     if unknown:
-        seen = ", ".join(f"{value} ({report.values[value]} voxels)" for value in unknown[:5])
+        seen = ", ".join(f"{value} ({present[value]} voxels)" for value in unknown[:5])
         known = ", ".join(map(str, sorted(recipe.mapping)))
         report.problems.append(Problem(str(path), f"unknown label value {seen}", known))
-    elif not any(recipe.mapping[value] for value in report.values):
-        report.warnings.append(f"{path}: no organ is marked in it")
     return values
+
+
+def _count(values: npt.NDArray[np.integer]) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _count_label(case: SourceCase, label: npt.NDArray[np.integer], recipe: Recipe, report: Checked) -> None:
+    """Note the values of the label as it is going to be, and what is suspicious about it."""
+    report.values = _count(label)
+    if 0 < len(case.masks) < recipe.raters:
+        report.warnings.append(
+            f"{case.label}: {len(case.masks)} of {recipe.raters} raters; the majority of those there are is taken"
+        )
+    if any(recipe.mapping.get(value, value) for value in report.values):
+        return
+    if case.frame is None:
+        report.warnings.append(f"{case.label}: no organ is marked in it")
+    else:  # a table that is off by one would teach the network that there is no heart
+        fix = f"Correct the frame in the table, or leave the case out with --exclude {case.name}."
+        report.problems.append(Problem(str(case.label), f"no organ is marked in frame {case.frame}", fix=fix))
 
 
 def _disagreement(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
@@ -240,37 +195,38 @@ def _disagreement(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64
 
 def _plan(
     case: SourceCase,
-    images: list[_Volume],
-    label: _Volume,
-    values: npt.NDArray[np.int64],
+    images: list[Volume],
+    masks: list[Volume],
+    label: npt.NDArray[np.integer] | None,
     recipe: Recipe,
     report: Checked,
 ) -> None:
     """Decide which files can be used as they are, and estimate the bytes."""
-    cut = slice(None)
-    if recipe.drop_empty_slices and values.shape == images[0].array.shape:
-        cut = organ_range(values)
+    cut, organ = slice(None), [value for value, written in recipe.mapping.items() if written]
+    if recipe.drop_empty_slices and label is not None and label.shape == images[0].array.shape:
+        cut = organ_range(np.isin(label, organ))
     whole = cut in (slice(None), slice(0, images[0].array.shape[2]))
-    if recipe.drop_empty_slices and not any(report.values.get(value) for value in recipe.mapping if value):
+    if recipe.drop_empty_slices and masks and not any(report.values.get(value) for value in organ):
         report.problems.append(Problem(str(case.label), "no organ, so every slice would be dropped"))
     for path, volume in zip(case.images, images, strict=True):
         same_grid = np.array_equal(volume.affine, images[0].affine)
         as_is = whole and same_grid and not (volume.squeezed or volume.straightened or _windowed(volume.array, recipe))
-        as_is = as_is and path.name.lower().endswith(".nii.gz")
+        as_is = as_is and case.frame is None and path.name.lower().endswith(".nii.gz")
         report.image_as_is.append(as_is)
         if not (as_is and recipe.link):
             report.bytes += path.stat().st_size if as_is else volume.array.nbytes
     report.label_as_is = (
         report.image_as_is[0]
-        and case.label.name.lower().endswith(".nii.gz")
-        and label.array.dtype.kind in "iu"
-        and not label.squeezed
+        and len(masks) == recipe.raters == 1
+        and case.masks[0].name.lower().endswith(".nii.gz")
+        and masks[0].array.dtype.kind in "iu"
+        and not masks[0].squeezed
         and all(recipe.mapping.get(value) == value for value in report.values)
-        and np.array_equal(label.affine, images[0].affine)
-        and all(label.image.header[code] == images[0].image.header[code] for code in ("qform_code", "sform_code"))
+        and np.array_equal(masks[0].affine, images[0].affine)
+        and all(masks[0].image.header[code] == images[0].image.header[code] for code in ("qform_code", "sform_code"))
     )
     if not (report.label_as_is and recipe.link):
-        report.bytes += label.array.size // 8  # masks compress well
+        report.bytes += images[0].array.size // 8  # masks compress well
 
 
 def organ_range(label: npt.NDArray[Any]) -> slice:
@@ -295,9 +251,9 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
     need_volumes = need_label or any(
         not path.exists() and not as_is for path, as_is in zip(image_paths, checked.image_as_is, strict=True)
     )
-    volumes = [_read(path) for path in case.images] if need_volumes else []
-    label = _read(case.label) if need_volumes else None
-    cut = organ_range(label.array) if label is not None and recipe.drop_empty_slices else slice(None)
+    volumes = [read_volume(path, case.frame) for path in case.images] if need_volumes else []
+    label = _label(case, recipe, volumes[0].array.shape) if need_volumes else None
+    cut = organ_range(label) if label is not None and case.masks and recipe.drop_empty_slices else slice(None)
     for index, (source, target) in enumerate(zip(case.images, image_paths, strict=True)):
         if target.exists():
             continue
@@ -312,12 +268,21 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
     if label_path.exists():
         return
     if label is None:
-        _take(case.label, label_path, link=True)
+        _take(case.masks[0], label_path, link=True)
         return
-    mapped = np.zeros(label.array.shape, np.uint8)
+    _save(label_path, label[:, :, cut], volumes[0], cut)
+
+
+def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Return the label to write: mapped, fused from several raters, or filled with the ignore value."""
+    if not case.masks:
+        return np.full(shape, recipe.ignore, np.uint8)
+    arrays = [read_volume(path, case.frame).array for path in case.masks]
+    array = fuse([np.rint(values).astype(np.int64) for values in arrays]) if recipe.raters > 1 else arrays[0]
+    mapped = np.zeros(array.shape, np.uint8)
     for source_value, value in recipe.mapping.items():
-        mapped[np.abs(label.array - source_value) <= 1e-3] = value
-    _save(label_path, mapped[:, :, cut], volumes[0], cut)
+        mapped[np.abs(array - source_value) <= 1e-3] = value
+    return mapped
 
 
 def _take(source: Path, target: Path, link: bool) -> None:
@@ -330,7 +295,7 @@ def _take(source: Path, target: Path, link: bool) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _save(target: Path, array: npt.NDArray[Any], geometry: _Volume, cut: slice) -> None:
+def _save(target: Path, array: npt.NDArray[Any], geometry: Volume, cut: slice) -> None:
     """Write an array on the grid of ``geometry``; image and label go this way, so their headers agree to the bit."""
     import nibabel
 

@@ -17,6 +17,7 @@ from nnunet_dgplugins.errors import Problem, UserError, nearest
 SPLITS = "splits_final.json"
 SEED = 12345  # nnU-Net's own
 Split = dict[str, Any]  # "train" and "val": lists of cases; leave-one-site-out adds "held_out": the site
+VALIDATES_ON, TRAINING = "validates_on", "training cases"  # marks a fold whose few labelled cases do both on purpose
 
 
 def k_fold(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
@@ -121,6 +122,8 @@ def check(
                 elif table is not None and name in table.cases and not table.cases[name].labelled:
                     problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
         train, val = set(split.get("train", [])), set(split.get("val", []))
+        if split.get(VALIDATES_ON) == TRAINING and train == val:
+            continue
         problems += [Problem(at, f"'{name}' trains and validates") for name in sorted(train & val)]
         if table is not None:
             both = {table.patient_of(name) for name in train - val} & {table.patient_of(name) for name in val - train}

@@ -43,3 +43,18 @@ def test_a_list_that_parts_a_patient_is_refused(base: Path):
     (base / "splits_final.json").write_text(json.dumps([{"train": ["A0", "A2"], "val": ["A1"]}]))
     with pytest.raises(BadInput, match="patient 'A/0' trains and validates"):
         load_fold(base, base / "nnUNetPlans_2d", 0, _table("A"))
+
+
+def test_a_fold_may_validate_on_its_training_cases_when_it_says_so(base: Path):
+    fold = {"train": ["A0", "A2"], "val": ["A0", "A2"]}
+    (base / "splits_final.json").write_text(json.dumps([fold, {**fold, "validates_on": "training cases"}]))
+    with pytest.raises(BadInput, match="'A0' trains and validates"):
+        load_fold(base, base / "nnUNetPlans_2d", 0, _table("A"))
+    assert load_fold(base, base / "nnUNetPlans_2d", 1, _table("A"))[:2] == (["A0", "A2"], ["A0", "A2"])
+
+
+def test_a_fold_that_says_so_must_have_the_same_cases_on_both_sides(base: Path):
+    fold = {"train": ["A0", "A2"], "val": ["A0"], "validates_on": "training cases"}
+    (base / "splits_final.json").write_text(json.dumps([fold]))
+    with pytest.raises(BadInput, match="'A0' trains and validates"):
+        load_fold(base, base / "nnUNetPlans_2d", 0, _table("A"))

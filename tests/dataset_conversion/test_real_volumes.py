@@ -8,9 +8,15 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from few_label_trees import write_table
 from trees import convert, read, save, verify
 
-from dataset_conversion import Dataset501_ProstateSAML, Dataset504_AbdomenCTMR
+from dataset_conversion import (
+    Dataset501_ProstateSAML,
+    Dataset504_AbdomenCTMR,
+    Dataset507_MnMs,
+    Dataset508_SCGM,
+)
 
 MASKS = "picai_labels/anatomical_delineations"
 
@@ -101,4 +107,74 @@ def test_a_real_ct_is_windowed_and_a_real_mr_is_not(
     assert np.array_equal(ct[inside], original[inside])
     mr = read(out / f"images{parts['MR']}" / "MR_001_0000.nii.gz")
     assert np.array_equal(mr, read(abdomen / "CHAOST2" / "processed" / "image_1.nii.gz"))
+    verify(out)
+
+
+@pytest.fixture
+def real_hearts(tmp_path: Path, sample_data: Path) -> tuple[Path, dict[str, dict[str, Path]]]:
+    """Six real ACDC patients as an M&Ms tree of three vendors: frames put back into a series, LV and RV renumbered."""
+    root, originals, rows = tmp_path / "OpenDataset", {}, []
+    folders = [path for path in sorted((sample_data / "cardiac" / "ACDC" / "training").iterdir()) if path.is_dir()]
+    for number, folder in enumerate(folders[:6]):
+        vendor, code = "ABD"[number // 2], f"{'ABD'[number // 2]}0A0A{number}"
+        images = sorted(path for path in folder.glob("*_frame??.nii.gz"))
+        first = nibabel.load(images[0])
+        series = np.zeros((*first.shape, 12), np.float32)
+        mask = np.zeros((*first.shape, 12), np.float32)
+        frames = (9, 3) if number % 2 else (0, 7)  # ED may be the later one
+        for image, frame in zip(images, frames, strict=True):
+            series[..., frame] = read(image)
+            truth = read(image.with_name(image.name.replace(".nii.gz", "_gt.nii.gz")))
+            mask[..., frame] = np.array([0, 3, 2, 1])[truth.astype(int)]  # ACDC: RV 1, LV 3; M&Ms: LV 1, RV 3
+        save(root / "Training" / "Labeled" / code / f"{code}_sa.nii.gz", series, first.affine)
+        save(root / "Training" / "Labeled" / code / f"{code}_sa_gt.nii.gz", mask, first.affine)
+        rows.append([code, vendor, number, *frames])
+        originals[f"{vendor}_{code}"] = dict(zip(("ED", "ES"), images, strict=True))
+    write_table(root / "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv", rows,
+                ["External code", "Vendor", "Centre", "ED", "ES"])  # fmt: skip
+    return root, originals
+
+
+def test_real_hearts_of_acdc_come_out_of_an_mnms_tree_unchanged(
+    real_hearts: tuple[Path, dict[str, dict[str, Path]]], nnunet_folders: Path
+) -> None:
+    root, originals = real_hearts
+    out = convert(Dataset507_MnMs, root, sources=(), targets=("D",), labelled=1)
+    kinds = []
+    for patient, phases in originals.items():
+        part = "Ts" if patient[0] == "D" else "Tr"
+        for phase, path in phases.items():
+            written = nibabel.load(out / f"images{part}" / f"{patient}_{phase}_0000.nii.gz")
+            assert np.array_equal(np.asanyarray(written.dataobj), read(path))
+            assert np.allclose(written.affine, nibabel.load(path).affine)
+            label = read(out / f"labels{part}" / f"{patient}_{phase}.nii.gz")
+            truth = read(path.with_name(path.name.replace(".nii.gz", "_gt.nii.gz")))
+            hidden = bool((label == 4).all())
+            kinds.append((part, hidden))
+            assert hidden or (np.array_equal(label == 1, truth == 3) and np.array_equal(label == 3, truth == 1))
+    assert sorted(kinds) == [("Tr", False)] * 4 + [("Tr", True)] * 4 + [("Ts", False)] * 4
+    verify(out)
+
+
+def test_a_real_spinal_cord_of_four_raters_goes_the_same_way(
+    tmp_path: Path, sample_data: Path, nnunet_folders: Path
+) -> None:
+    """A real T2* cord; two of the four raters shift its grey matter, and a tie between them is no grey matter."""
+    source = sample_data / "spinal" / "sct_testing_data" / "t2s"
+    image = nibabel.load(source / "t2s.nii.gz")
+    grey, cord = read(source / "t2s_gmseg_manual.nii.gz") > 0, read(source / "t2s_seg.nii.gz") > 0
+    for site, number in ((1, 1), (1, 2), (2, 1)):
+        plain = f"site{site}-sc{number:02d}"
+        voxels = np.asanyarray(image.dataobj) * (1 + site + 0.5 * number)  # no patient twice
+        save(tmp_path / "train" / f"{plain}-image.nii.gz", voxels.astype(np.float32), image.affine)
+        for rater in range(1, 5):
+            own = np.roll(grey, 1, axis=0) if rater > 2 else grey
+            mask = np.where(own, 1, np.where(cord, 2, 0)).astype(np.float32)
+            save(tmp_path / "train" / f"{plain}-mask-r{rater}.nii.gz", mask, image.affine)
+    out = convert(Dataset508_SCGM, tmp_path, sources=("site1",), labelled=1, zones="keep")
+    label = read(out / "labelsTs" / "site2_sc01.nii.gz")
+    assert np.array_equal(label == 1, grey & np.roll(grey, 1, axis=0))
+    assert np.array_equal(label > 0, cord | (label == 1))
+    assert np.array_equal(label, read(out / "labelsTr" / "site1_sc01.nii.gz"))
+    assert (read(out / "labelsTr" / "site1_sc02.nii.gz") == 3).all()
     verify(out)
