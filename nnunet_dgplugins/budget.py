@@ -73,7 +73,7 @@ class ShareSchedule:
         optimizer: the trainer's optimiser.
         initial_lr: learning rate at the start.
         left: returns the share that is left, 0 to 1.
-        exponent: nnU-Net's 0.9.
+        exponent: nnU-Net's 0.9; 0 keeps the rate.
     """
 
     def __init__(self, optimizer: Any, initial_lr: float, left: Callable[[], float], exponent: float = 0.9):
@@ -146,7 +146,8 @@ class BudgetRun:
         self.initialize()
         trainer.on_train_start()
         if not self.budget.epochs:
-            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left)
+            exponent = getattr(trainer, "lr_exponent", 0.9)
+            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left, exponent)
         while self.left() > 0:
             steps += self._epoch()
         trainer.num_epochs = trainer.current_epoch
