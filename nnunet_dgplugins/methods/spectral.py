@@ -34,8 +34,8 @@ def window_swap(
     Args:
         images: (B, C, H, W) or (B, C, D, H, W).
         partners: same shape; each image is mixed with the partner at its own index.
-        fraction: half-width b of the window as a share of the shorter side, ``floor(min(H, W) * fraction)``, 0 to 0.5;
-            the window is the square of 2b+1 bins around zero frequency.
+        fraction: half-width b of the window as a share of the shorter side, see :func:`half_width`; the window is the
+            square of 2b+1 bins around zero frequency.
         strength: share of the partner's amplitude, one number or one per sample (B,). 1 swaps, 0 changes nothing.
         minimum: least half-width. 0 is the published rule, under which small images exchange their mean only.
 
@@ -43,15 +43,27 @@ def window_swap(
         The mixed images, float32 (float64 for float64 input).
     """
     _check(images, partners)
-    if not 0 <= fraction <= 0.5:
-        raise ValueError(f"fraction is a share of the side between 0 and 0.5, got {fraction}.")
     height, width = images.shape[-2:]
-    half = max(math.floor(min(height, width) * fraction), minimum)
+    half = half_width(height, width, fraction, minimum)
     half_rows, half_columns = min(half, height // 2), min(half, width // 2)
     if images.device.type == "cpu":
         return _swap_by_products(images, partners, strength, half_rows, half_columns)
-    window = _offsets(height, images.device).abs() <= half_rows, _offsets(width, images.device).abs() <= half_columns
-    return _mix_by_fft(images, partners, strength, window[0][:, None] & window[1])
+    window = _window((height, width), half_rows, half_columns, images.device)
+    return _mix_by_fft(images, partners, strength, window)
+
+
+def half_width(height: int, width: int, fraction: float, minimum: int = 0) -> int:
+    """Return b, ``floor(min(height, width) * fraction)`` but at least ``minimum``; published fraction: 0.01.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        fraction: 0 to 0.5.
+        minimum: for small images, whose b would be 0.
+    """
+    if not 0 <= fraction <= 0.5:
+        raise ValueError(f"fraction is a share of the side between 0 and 0.5, got {fraction}.")
+    return max(math.floor(min(height, width) * fraction), minimum)
 
 
 @torch.no_grad()
@@ -138,9 +150,15 @@ def _waves(
     column_angles = torch.arange(width)[:, None] * columns * (-2 * math.pi / width)
     row_waves = torch.polar(torch.ones_like(row_angles), row_angles)
     column_waves = torch.stack([column_angles.cos(), column_angles.sin()], dim=-1).flatten(1)
-    multiplicity = torch.where((columns == 0) | (2 * columns == width), 1.0, 2.0) / (height * width)
+    multiplicity = (2.0 - ((columns == 0) | (2 * columns == width)).double()) / (height * width)
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     return row_waves.to(complex_dtype), column_waves.to(dtype), multiplicity.to(dtype)
+
+
+def _window(size: tuple[int, int], half_rows: int, half_columns: int, device: torch.device) -> Tensor:
+    """Return which bins (H, W), in the FFT's order, lie in the window."""
+    rows, columns = (_offsets(side, device).abs() for side in size)
+    return (rows <= half_rows)[:, None] & (columns <= half_columns)
 
 
 def _offsets(side: int, device: torch.device) -> Tensor:
