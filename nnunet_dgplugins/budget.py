@@ -92,7 +92,7 @@ class BudgetRun:
         trainer: nnU-Net trainer.
         budget: how long.
         seed: of everything random; trainers of this package also have it as their setting.
-        epoch_steps: steps per epoch. Trainers of this package, whose epochs are passes over the data, keep their own.
+        epoch_steps: steps per epoch. Trainers of this package whose epochs are passes over the data keep their own.
         validation_steps: online validation steps per epoch, likewise.
     """
 
@@ -248,7 +248,11 @@ def train_or_continue(
         for half_written in folder.glob(".tmp-*"):  # by a process that was killed while saving
             half_written.unlink(missing_ok=True)
         run = BudgetRun(trainer, budget, seed, epoch_steps, validation_steps)
-        steps_asked = {} if run.own else {"epoch_steps": epoch_steps, "validation_steps": validation_steps}
+        steps_asked = (
+            {}
+            if run.own and trainer.sets_steps()
+            else {"epoch_steps": epoch_steps, "validation_steps": validation_steps}
+        )
         _claim(folder, {**asdict(budget), "seed": seed, **steps_asked})
         found, steps = _newest_checkpoint(folder), 0
         if found and found.name == _FINAL and _is_validated(folder):

@@ -134,6 +134,10 @@ class DGTrainer(nnUNetTrainer):
         # none of our steps is one graph; nnUNet_compile is accepted and has no effect
         return False
 
+    def sets_steps(self) -> bool:
+        """Return whether the trainer itself says how many steps an epoch has; most count passes over the data."""
+        return True
+
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return training and validation cases of the fold; a fold or case that does not exist is an error."""
         train, val, where = folds.load_fold(

@@ -21,7 +21,6 @@ from nnunet_dgplugins.data.unlabelled import (
 )
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
 from nnunet_dgplugins.methods.epl.cutmix import sample_masks
-from nnunet_dgplugins.methods.epl.fourier import fourier_versions
 from nnunet_dgplugins.methods.epl.histogram import match_histograms
 from nnunet_dgplugins.methods.epl.losses import cps_weight_at, cross_pseudo_supervision, supervised_dice
 from nnunet_dgplugins.methods.epl.step import (
@@ -31,11 +30,13 @@ from nnunet_dgplugins.methods.epl.step import (
     full_resolution,
     published_passes,
 )
+from nnunet_dgplugins.methods.epl.styles import fourier_version
 from nnunet_dgplugins.settings import EPLSettings, TrainingSettings
 from nnunet_dgplugins.trainers.base import DGTrainer, flattened, seed_everything
 from nnunet_dgplugins.trainers.second_network import export_second
 
 _CLIP = 12  # nnU-Net's
+_FULL_MIX_STRENGTH = 0.3  # published: each image draws from 0 to this
 _SECOND_SEED, _DRAWS_SEED = 2, 3
 
 
@@ -100,9 +101,6 @@ class EPLTrainer(DGTrainer):
         self.enable_deep_supervision = chosen.network == "planned"
         self.weight_decay = chosen.weight_decay
         self.lr_exponent = 0.9 if chosen.schedule == "poly" else 0.0
-        if chosen.iterations_per_epoch:
-            self.num_iterations_per_epoch = chosen.iterations_per_epoch
-            self.num_val_iterations_per_epoch = max(1, chosen.iterations_per_epoch // 5)  # nnU-Net's ratio
 
     @classmethod
     def build_network_architecture(
@@ -188,6 +186,10 @@ class EPLTrainer(DGTrainer):
 
     # ---------------------------------------------------------------- data
 
+    def sets_steps(self) -> bool:
+        """Return whether the settings say how long an epoch is; else nnU-Net's length, or a budget's."""
+        return self.settings.iterations_per_epoch is not None
+
     @staticmethod
     def get_training_transforms(*arguments: Any, **options: Any) -> Any:
         """Return nnU-Net's augmentation, which here chooses nothing by a clock."""
@@ -195,6 +197,9 @@ class EPLTrainer(DGTrainer):
 
     def get_dataloaders(self) -> tuple[LabelledAndUnlabelled, Any]:
         """Return nnU-Net's loaders of labelled cases, the training one joined with two draws of unlabelled ones."""
+        if self.settings.iterations_per_epoch:
+            self.num_iterations_per_epoch = self.settings.iterations_per_epoch
+            self.num_val_iterations_per_epoch = max(1, self.settings.iterations_per_epoch // 5)  # nnU-Net's ratio
         labelled, validation = super().get_dataloaders()
         cases = self._unlabelled_pool()
         rotation, dummy_2d, initial_patch, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -312,14 +317,17 @@ class EPLTrainer(DGTrainer):
         sources = torch.cat([images, labelled])
         order = torch.randperm(len(sources), generator=self.draws)[: len(images)]
         chosen = self.settings
-        styled = fourier_versions(
+        strength: float | torch.Tensor = 1.0 if chosen.fourier_strength is None else chosen.fourier_strength
+        if chosen.fourier_mode == "full_mix":
+            limit = _FULL_MIX_STRENGTH if chosen.fourier_strength is None else chosen.fourier_strength
+            strength = (torch.rand(len(images), generator=self.draws) * limit).to(images.device)
+        styled = fourier_version(
             images,
-            sources[order.to(sources.device)],
+            sources[order.to(images.device)],
             chosen.fourier_mode,
-            chosen.fourier_fraction,
-            chosen.fourier_strength,
-            chosen.fourier_minimum,
-            self.draws,
+            strength=strength,
+            fraction=chosen.fourier_fraction,
+            minimum=chosen.fourier_minimum,
         ).to(memory_format=self.memory_format)
         masks = sample_masks(len(pair[0]), tuple(images.shape[2:]), self.draws).to(self.device)
         return UnlabelledImages(*pair, *styled.chunk(2), masks)
