@@ -23,14 +23,14 @@ def unlabelled_cases(
     """Return the fold's cases without masks, by the case table alone.
 
     Left out are cases of other sites than the named source, of the site the fold holds out, and of patients the fold
-    validates on (unless it trains on them too, as fold ``all`` does).
+    validates on.
 
     Args:
         base: preprocessed folder of the dataset, which holds ``splits_final.json``.
         data_folder: preprocessed data of one configuration.
         fold: fold number, or ``all``.
         table: case table; without one every case counts as labelled.
-        validation: the fold's validation cases; empty for ``all``.
+        validation: cases that the fold validates on without training on them.
     """
     if table is None:
         return []

@@ -219,7 +219,7 @@ class EPLTrainer(DGTrainer):
         train, val = self.do_split()
         folder = Path(self.preprocessed_dataset_folder)
         base = Path(self.preprocessed_dataset_folder_base)
-        found = unlabelled_cases(base, folder, self.fold, self.case_table, [] if self.fold == "all" else val)
+        found = unlabelled_cases(base, folder, self.fold, self.case_table, set(val) - set(train))
         pool = sorted({*found, *(train if self.settings.unlabelled_pool == "all" else [])})
         if not pool:
             raise UserError(
