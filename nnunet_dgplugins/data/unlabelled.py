@@ -69,7 +69,7 @@ class WithoutLabels:
         return self.transform(image=image, segmentation=segmentation.clamp(max=0))
 
 
-class UnlabelledLoader(nnUNetDataLoader):  # type: ignore[misc]
+class UnlabelledLoader(nnUNetDataLoader):
     """nnU-Net's loader, drawing patches anywhere in an image: labels neither steer the draw nor come out.
 
     Args:

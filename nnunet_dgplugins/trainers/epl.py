@@ -58,6 +58,8 @@ class EPLTrainer(DGTrainer):
 
     settings_class = EPLSettings
     settings: EPLSettings
+    batch_size: int
+    unlabelled_batch_size: int
     free_settings = DGTrainer.free_settings | {"channels_last", "export_second"}
 
     # ---------------------------------------------------------------- settings and networks
@@ -330,7 +332,8 @@ class EPLTrainer(DGTrainer):
             minimum=chosen.fourier_minimum,
         ).to(memory_format=self.memory_format)
         masks = sample_masks(len(pair[0]), tuple(images.shape[2:]), self.draws).to(self.device)
-        return UnlabelledImages(*pair, *styled.chunk(2), masks)
+        (first, second), (first_styled, second_styled) = pair, styled.chunk(2)
+        return UnlabelledImages(first, second, first_styled, second_styled, masks)
 
     def _on_device(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self.device, non_blocking=True).to(memory_format=self.memory_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,14 @@ def test_a_dataset_without_unlabelled_cases_trains_on_its_own_images(world: Worl
     trainer = world.train("EPLTrainer")
     assert np.isfinite(trainer.logger.get_value("train_losses", 0))
     assert "0 of them without masks" in Path(trainer.log_file).read_text()
+
+
+def test_loaders_with_worker_processes_train_and_end_with_the_training(semi: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = semi.train("EPLTrainer")
+    assert np.isfinite(trainer.logger.get_value("train_losses", 0))
+    assert type(trainer.dataloader_train.unlabelled).__name__ == "NonDetMultiThreadedAugmenter"
+    assert multiprocessing.active_children() == []
 
 
 def test_the_rate_stays_or_decays_for_both_networks(semi: World):
