@@ -1,7 +1,7 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, gpu
+    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their
@@ -32,6 +32,7 @@ TITLES = {
     "encoder": "Image encoder on the CPU",
     "store": "Embedding store",
     "grid": "Grid inference",
+    "epl": "EPL: Fourier mixing and training step on the CPU",
     "gpu": "GPU",
 }
 
@@ -228,13 +229,24 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
 
         return benchmark_desam.grid_rows() + benchmark_desam.grid_rows("vit_b", repeats=1)
 
+    def epl() -> list[Row]:
+        import benchmark_epl
+
+        return benchmark_epl.rows_on_the_cpu()
+
+    def gpu() -> list[Row]:
+        import benchmark_epl
+
+        return gpu_rows() + benchmark_epl.rows_on_the_gpu()
+
     return {
         "startup": startup_rows,
         "steps": steps_rows,
         "encoder": encoder,
         "store": store,
         "grid": grid,
-        "gpu": gpu_rows,
+        "epl": epl,
+        "gpu": gpu,
     }
 
 

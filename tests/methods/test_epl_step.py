@@ -157,3 +157,21 @@ def test_labelled_images_of_any_number_join_the_students_batch():
         passes = batched_passes(nets, unlabelled(12, 14), batch)
         for network, found in zip(nets, passes.labelled, strict=True):
             torch.testing.assert_close(found, network(batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_step_in_both_forms_and_trains_with_mixed_precision():
+    nets = [network.cuda().eval() for network in networks()]
+    images = unlabelled(12, 14)
+    images = UnlabelledImages(*(getattr(images, name).cuda() for name in UnlabelledImages.__dataclass_fields__))
+    batch, target = (x.cuda() for x in labelled(12, 14))
+    one, other = (step(form, nets, images, batch, target) for form in FORMS)
+    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=0)
+    for network in nets:
+        network.float()
+    half = UnlabelledImages(*(getattr(images, name).float() for name in UnlabelledImages.__dataclass_fields__))
+    with torch.autocast("cuda", dtype=torch.float16):
+        loss, gradients = step(batched_passes, nets, half, batch.float(), target)
+    assert loss.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in gradients)

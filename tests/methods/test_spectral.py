@@ -139,3 +139,16 @@ def test_a_slice_of_a_larger_tensor_is_read_rightly():
 def test_arguments_that_cannot_be_meant_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mix", [window_swap, full_mix])
+@pytest.mark.parametrize("shape", [(3, 2, 300, 300), (2, 1, 5, 65, 90)])
+def test_cuda_mixes_as_the_cpu_does_also_under_autocast(mix, shape):
+    own, other = images(*shape), images(*shape, seed=1)
+    strength = torch.linspace(0.2, 1, shape[0])
+    with torch.autocast("cuda", dtype=torch.float16):
+        found = mix(own.cuda(), other.cuda(), strength=strength)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), mix(own, other, strength=strength), atol=5e-6, rtol=0)

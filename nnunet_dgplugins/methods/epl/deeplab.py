@@ -65,7 +65,7 @@ def resnet50_v1c(in_channels: int) -> ResNet:
     width = STEM_WIDTH
     net = ResNet(Bottleneck, [3, 4, 6, 3])
     del net.avgpool, net.fc
-    net.conv1 = nn.Sequential(  # type: ignore[assignment]
+    net.conv1 = nn.Sequential(
         nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
