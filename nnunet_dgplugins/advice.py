@@ -35,7 +35,7 @@ def advise(dataset: int | str) -> dict[str, Any]:
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
         "trainers": [_fit(info.name, table, mixed) for info in TRAINERS.values()],
-        "next": _next(name, number, preprocessed),
+        "next": _next(name, number, preprocessed, table),
     }
 
 
@@ -95,12 +95,19 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str]) -> dict[str, Any]
         )
     else:
         why.append("Works; its strength shows on sites that training has not seen.")
+    if name == "EPLTrainer":
+        hidden = 0 if table is None else sum(not case.labelled for case in table.cases.values())
+        why.append(
+            f"{hidden} cases without masks teach it too: what the method is made for."
+            if hidden
+            else "No case without masks is known; it would learn from the labelled images alone."
+        )
     if name == "DeSAMTrainer":
         why.append("The first to try: one decoder pass per slice.")
     return {"name": name, "fits": True, "why": why}
 
 
-def _next(name: str, number: int, preprocessed: Path) -> list[str]:
+def _next(name: str, number: int, preprocessed: Path, table: CaseTable | None) -> list[str]:
     if not (preprocessed / "nnUNetPlans.json").is_file():
         return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
     results = Path(os.environ.get(RESULTS, "")) / name
@@ -109,7 +116,8 @@ def _next(name: str, number: int, preprocessed: Path) -> list[str]:
         if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
     ]  # fmt: skip
     if not trained:
-        return [f"nnUNetv2_train {number} 2d 0 -tr DeSAMTrainer"]
+        unlabelled = table is not None and any(not case.labelled for case in table.cases.values())
+        return [f"nnUNetv2_train {number} 2d 0 -tr {'EPLTrainer' if unlabelled else 'DeSAMTrainer'}"]
     folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
     return [
         f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {trained[0]}",

@@ -73,7 +73,7 @@ class ShareSchedule:
         optimizer: the trainer's optimiser.
         initial_lr: learning rate at the start.
         left: returns the share that is left, 0 to 1.
-        exponent: nnU-Net's 0.9.
+        exponent: nnU-Net's 0.9; 0 keeps the rate.
     """
 
     def __init__(self, optimizer: Any, initial_lr: float, left: Callable[[], float], exponent: float = 0.9):
@@ -92,7 +92,7 @@ class BudgetRun:
         trainer: nnU-Net trainer.
         budget: how long.
         seed: of everything random; trainers of this package also have it as their setting.
-        epoch_steps: steps per epoch. Trainers of this package, whose epochs are passes over the data, keep their own.
+        epoch_steps: steps per epoch. Trainers of this package whose epochs are passes over the data keep their own.
         validation_steps: online validation steps per epoch, likewise.
     """
 
@@ -146,7 +146,8 @@ class BudgetRun:
         self.initialize()
         trainer.on_train_start()
         if not self.budget.epochs:
-            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left)
+            exponent = getattr(trainer, "lr_exponent", 0.9)
+            trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left, exponent)
         while self.left() > 0:
             steps += self._epoch()
         trainer.num_epochs = trainer.current_epoch
@@ -247,7 +248,11 @@ def train_or_continue(
         for half_written in folder.glob(".tmp-*"):  # by a process that was killed while saving
             half_written.unlink(missing_ok=True)
         run = BudgetRun(trainer, budget, seed, epoch_steps, validation_steps)
-        steps_asked = {} if run.own else {"epoch_steps": epoch_steps, "validation_steps": validation_steps}
+        steps_asked = (
+            {}
+            if run.own and trainer.sets_steps()
+            else {"epoch_steps": epoch_steps, "validation_steps": validation_steps}
+        )
         _claim(folder, {**asdict(budget), "seed": seed, **steps_asked})
         found, steps = _newest_checkpoint(folder), 0
         if found and found.name == _FINAL and _is_validated(folder):

@@ -58,6 +58,17 @@ TRAINERS: dict[str, TrainerInfo] = {
             supervision="masks of one source site",
             output="segmentation",
         ),
+        TrainerInfo(
+            name="EPLTrainer",
+            module="nnunet_dgplugins.trainers.epl",
+            settings="EPLSettings",
+            method="EPL",
+            stage="two networks that teach each other, 2d and 3d",
+            paper="Yao et al., Enhancing Pseudo Label Quality for Semi-Supervised Domain-Generalized Medical Image "
+            "Segmentation, AAAI 2022 (arXiv 2201.08657)",
+            supervision="masks of few cases, images of many",
+            output="segmentation",
+        ),
     )
 }
 

@@ -19,7 +19,7 @@ from nnunet_dgplugins.cli.options import json_option, print_json, print_rows
 @json_option
 def command(as_json: bool) -> None:
     """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk, SAM files; exit code 1 on failure."""
-    checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files()]
+    checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files(), *_second_networks()]
     good = all(check["state"] != "failed" for check in checks)
     if as_json:
         print_json({"good": good, "checks": checks})
@@ -122,3 +122,18 @@ def _sam_files() -> list[dict[str, Any]]:
         else:
             checks.append(_check(model.name, "note", "no file", f"{model.url} -> {VARIABLE}"))
     return checks
+
+
+def _second_networks() -> list[dict[str, Any]]:
+    """Mention folds that hold EPL's second network: nnU-Net's Python interface takes them in unasked."""
+    from nnunet_dgplugins.files import RESULTS
+
+    results = os.environ.get(RESULTS)
+    if not results:
+        return []
+    from nnunet_dgplugins.trainers.second_network import exported_folds
+
+    return [
+        _check("EPL, network 2", "note", str(folder), "averaged in by -f k 100+k, and by use_folds=None in Python")
+        for folder in exported_folds(Path(results))
+    ]

@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "Metrics per case, class and site.",
     "study": "Every method x source x target x seed from one file, resumable.",
     "bundle": "Put the frozen SAM weights into a trained model.",
+    "second-fold": "Write network 2 of an EPL model as a fold, so that both are averaged.",
     "import-checkpoint": "Make a model folder from an official DeSAM checkpoint.",
 }
 

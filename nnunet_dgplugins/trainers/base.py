@@ -70,7 +70,7 @@ class DGTrainer(nnUNetTrainer):
 
     @classmethod
     def _refuse(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> None:
-        content = _flattened(plans, configuration)
+        content = flattened(plans, configuration)
         sentences = cls.refusals(content, dataset_json)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sentences.append(f"{cls.__name__} trains on one GPU: start it without -num_gpus.")
@@ -134,6 +134,10 @@ class DGTrainer(nnUNetTrainer):
         # none of our steps is one graph; nnUNet_compile is accepted and has no effect
         return False
 
+    def sets_steps(self) -> bool:
+        """Return whether the trainer itself says how many steps an epoch has; most count passes over the data."""
+        return True
+
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return training and validation cases of the fold; a fold or case that does not exist is an error."""
         train, val, where = folds.load_fold(
@@ -186,14 +190,30 @@ class DGTrainer(nnUNetTrainer):
             return
         with replacing(filename) as temporary:
             super().save_checkpoint(str(temporary))
+            if extra := self.extra_state():
+                content = torch.load(temporary, map_location="cpu", weights_only=False)  # written in the line above
+                torch.save({**content, settings.KEY: extra}, temporary)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a method keeps in its checkpoints beyond nnU-Net's own keys, as tensors and plain values.
+
+        Random states and loaders are not among it: both start anew from (seed, epoch) at every epoch.
+        """
+        return {}
+
+    def load_extra_state(self, extra: dict[str, Any] | None) -> None:
+        """Take over what ``extra_state`` returned; None: the checkpoint has nothing of the kind."""
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint; a half-written one gives way to the newest readable one of the fold, and it is said."""
-        if isinstance(filename_or_checkpoint, str):
-            filename_or_checkpoint = str(self._readable_checkpoint(Path(filename_or_checkpoint)))
-        super().load_checkpoint(filename_or_checkpoint)
+        if not isinstance(filename_or_checkpoint, str):
+            super().load_checkpoint(filename_or_checkpoint)
+            return
+        path, content = self._readable_checkpoint(Path(filename_or_checkpoint))
+        super().load_checkpoint(str(path))
+        self.load_extra_state(content.get(settings.KEY))
 
-    def _readable_checkpoint(self, wanted: Path) -> Path:
+    def _readable_checkpoint(self, wanted: Path) -> tuple[Path, dict[str, Any]]:
         candidates = [wanted]
         if wanted.name in (_LATEST, _FINAL):
             others = [wanted.with_name(name) for name in (_LATEST, _BEST, _FINAL) if name != wanted.name]
@@ -201,7 +221,7 @@ class DGTrainer(nnUNetTrainer):
         complaints = []
         for candidate in candidates:
             try:
-                read_checkpoint(candidate)
+                content = read_checkpoint(candidate)
             except UserError as error:
                 complaints.append(f"{candidate.name} ({type(error.__cause__ or error).__name__})")
                 continue
@@ -209,7 +229,7 @@ class DGTrainer(nnUNetTrainer):
                 self.print_to_log_file(
                     f"Cannot read {', '.join(complaints)}; continuing from {candidate.name} instead."
                 )
-            return candidate
+            return candidate, content
         raise UserError(f"{type(self).__name__}: no readable checkpoint in {wanted.parent}: {', '.join(complaints)}.")
 
     def check_loss(self, loss: torch.Tensor, keys: Any) -> None:
@@ -241,7 +261,12 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _flattened(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+def flattened(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """Return a plans configuration with what it inherits.
+
+    Raises:
+        UserError: the plans have no such configuration.
+    """
     content = plans["configurations"].get(configuration)
     if content is None:
         raise UserError(
@@ -249,7 +274,7 @@ def _flattened(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
             f"they have {', '.join(plans['configurations'])}."
         )
     parent = content.get("inherits_from")
-    return {**(_flattened(plans, parent) if parent else {}), **content}
+    return {**(flattened(plans, parent) if parent else {}), **content}
 
 
 def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path | None:

@@ -50,6 +50,8 @@ def import_desam(
         UserError: the file is unsafe or does not fit, the dataset is not planned or has several classes, or the fold
             holds a model already.
     """
+    if "sam" not in settings.settings_class(TRAINERS[trainer].settings).__dataclass_fields__:
+        raise UserError(f"{trainer} is not a DeSAM trainer: an official DeSAM checkpoint is none of its.")
     from nnunet_dgplugins.methods.desam.checkpoint import read_official
     from nnunet_dgplugins.sam.frozen import encoder_hash
     from nnunet_dgplugins.sam.weights import build_parts, recognise
@@ -106,7 +108,7 @@ def _network(model_folder: Path, checkpoint: dict[str, Any]) -> Any:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     name = checkpoint.get("trainer_name", "")
-    if name not in TRAINERS:
+    if name not in TRAINERS or "sam" not in settings.settings_class(TRAINERS[name].settings).__dataclass_fields__:
         raise UserError(
             f"{model_folder}: trained by {name or 'an unknown trainer'}, which has no frozen part to bundle."
         )

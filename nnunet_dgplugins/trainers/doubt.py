@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.doubt import FILE
 from nnunet_dgplugins.files import write_json
+from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+from nnunet_dgplugins.trainers.second_network import case_disagreement, second_weights
 
 
 def write_doubt(
@@ -26,7 +28,8 @@ def write_doubt(
 ) -> Path:
     """Ask a model how sure it was of each case and write ``dgplugins_doubt.json`` beside its predictions.
 
-    The doubt of a class is 1 minus the network's confidence (DeSAM: predicted IoU of the selected mask; whole box: the
+    EPL compares its two networks (:func:`~nnunet_dgplugins.trainers.second_network.case_disagreement`). Else the doubt
+    of a class is 1 minus the network's confidence (DeSAM: predicted IoU of the selected mask; whole box: the
     Dice the mask expects of itself), averaged over slices with that class, weighted by area; a class that is nowhere
     has doubt 1, because an organ that is missing is what one should look at. A case's doubt is its classes' mean.
 
@@ -47,14 +50,9 @@ def write_doubt(
         raise UserError(f"{path}: no such checkpoint; folds with a {checkpoint}: {there}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     predictor = _predictor(model_folder, fold, checkpoint, device)
-    network, configuration = predictor.network, predictor.configuration_manager
-    network = getattr(network, "_orig_mod", network)  # with nnUNet_compile the predictor wraps it
-    if not hasattr(network, "segment"):
-        raise UserError(f"{model_folder}: this trainer's network says nothing about its doubt.")
-    network.load_state_dict(predictor.list_of_parameters[0])
-    network.eval().to(device)
+    configuration = predictor.configuration_manager
+    ask = _question(predictor, path, device)
     ending = predictor.dataset_json["file_ending"]
-    names = [name for name in predictor.dataset_json["labels"] if name not in ("background", "ignore")]
     cases = sorted(p.name[: -len(ending)] for p in predictions.glob(f"*{ending}"))
     if not cases:
         raise UserError(f"{predictions}: no predictions (*{ending}) in it.")
@@ -67,12 +65,27 @@ def write_doubt(
         data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
             files, None, predictor.plans_manager, configuration, predictor.dataset_json
         )
-        found[case] = _case_doubt(network, torch.as_tensor(np.asarray(data)), names, device)
+        found[case] = ask(torch.as_tensor(np.asarray(data)))
         found[case]["slices"] = _in_reader_order(
             found[case]["slices"], properties, predictor.plans_manager.transpose_forward
         )
     write_json(predictions / FILE, found)
     return predictions / FILE
+
+
+def _question(predictor: Any, path: Path, device: torch.device) -> Callable[[torch.Tensor], dict[str, Any]]:
+    """Return what turns a preprocessed case (C, Z, Y, X) into its doubt, for the trainer that made the model."""
+    network = getattr(predictor.network, "_orig_mod", predictor.network)  # with nnUNet_compile the predictor wraps it
+    labels = predictor.dataset_json["labels"]
+    classes = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+    if predictor.trainer_name == "EPLTrainer":
+        pair = [predictor.list_of_parameters[0], second_weights(read_checkpoint(path), path)]
+        return lambda data: case_disagreement(predictor, pair, data, classes)
+    if not hasattr(network, "segment"):
+        raise UserError(f"{path.parent.parent}: this trainer's network says nothing about its doubt.")
+    network.load_state_dict(predictor.list_of_parameters[0])
+    network.eval().to(device)
+    return lambda data: _case_doubt(network, data, list(classes), device)
 
 
 @torch.inference_mode()
@@ -96,7 +109,7 @@ def _case_doubt(network: Any, data: torch.Tensor, names: list[str], device: torc
 
 def _in_reader_order(doubts: list[float], properties: dict[str, Any], transposed: Sequence[int]) -> list[float | None]:
     """Put slices that nnU-Net cropped away back in, without doubt; none where slices are not the reader's."""
-    if transposed[0] != 0:
+    if transposed[0] != 0 or len(doubts) != properties["shape_after_cropping_and_before_resampling"][0]:
         return []
     start, end = properties["bbox_used_for_cropping"][0]
     before, after = start, properties["shape_before_cropping"][0] - end

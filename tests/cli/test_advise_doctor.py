@@ -47,6 +47,18 @@ def test_without_masks_no_trainer_that_reads_masks_fits(nnunet_folders: Path):
     assert "image tags: yes" in advice["facts"]
 
 
+def test_cases_without_masks_speak_for_epl(nnunet_folders: Path):
+    cases = {"a": {"site": "A", "labelled": True}, "b": {"site": "A", "labelled": False}}
+    _dataset(nnunet_folders, cases, source="A")
+    preprocessed = nnunet_folders / "nnUNet_preprocessed" / "Dataset520_Test"
+    preprocessed.mkdir()
+    (preprocessed / "nnUNetPlans.json").write_text("{}")
+    advice = _advice()
+    (why,) = [item["why"] for item in advice["trainers"] if item["name"] == "EPLTrainer"]
+    assert any(text.startswith("1 cases without masks") for text in why)
+    assert advice["next"] == ["nnUNetv2_train 520 2d 0 -tr EPLTrainer"]
+
+
 def test_without_a_case_table_annotate_is_named(nnunet_folders: Path):
     _dataset(nnunet_folders, None)
     assert any("dgplugins annotate" in fact for fact in _advice()["facts"])

@@ -12,10 +12,14 @@ import small_models
 from tiny_dataset import ENDING, Recipe, plan, threads_for_processes, write_raw
 
 from nnunet_dgplugins.files import read_json, write_json
+from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.sam.models import MODELS
+from nnunet_dgplugins.settings import settings_class
 
 QUICK = {"sam": "vit_tiny", "epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "store": "half"}
 QUICK_GRID = {**QUICK, "grid_size": 2, "validation": "points"}
+QUICK_EPL = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "unlabelled_batch_size": 2}
+SEMI = Recipe("Semi", cases=6, unlabelled=3)
 FIRST_NUMBER = 901
 
 
@@ -44,10 +48,16 @@ class World:
         return self
 
     def settings(self, **values: Any) -> None:
-        """Write the trial file that both trainers read: quick values with these over them."""
+        """Write the trial file that the trainers read: quick values with these over them, where a trainer has them."""
+        quick = {"DeSAMTrainer": QUICK, "DeSAMGridTrainer": QUICK_GRID, "EPLTrainer": QUICK_EPL}
+        known = {name: settings_class(TRAINERS[name].settings).__dataclass_fields__ for name in quick}
+        assert all(any(key in fields for fields in known.values()) for key in values), values
         write_json(
             self.root / "settings.json",
-            {"DeSAMTrainer": {**QUICK, **values}, "DeSAMGridTrainer": {**QUICK_GRID, **values}},
+            {
+                name: {**chosen, **{key: value for key, value in values.items() if key in known[name]}}
+                for name, chosen in quick.items()
+            },
         )
         self.monkeypatch.setenv("DGPLUGINS_SETTINGS", str(self.root / "settings.json"))
 
@@ -167,6 +177,12 @@ def world(real_size_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
         monkeypatch.setitem(MODELS, name, model)
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
     return real_size_world
+
+
+@pytest.fixture
+def semi(world: World) -> World:
+    """The same world on a dataset with three labelled and three unlabelled training cases of two sites."""
+    return world.use(SEMI)
 
 
 @pytest.fixture

@@ -22,15 +22,15 @@ def main(dataset: str, trainer: str, moment: str) -> None:
 
     from nnunet_dgplugins import ext
     from nnunet_dgplugins.files import RESULTS, nnunet_folder
+    from nnunet_dgplugins.registry import load_trainer
     from nnunet_dgplugins.sam.models import MODELS
-    from nnunet_dgplugins.trainers.desam import DeSAMTrainer
 
     ext.register()
     MODELS.update(small_models.installed(nnunet_folder(RESULTS).parent / "package"))
     if moment == "mid-epoch":
-        _kill_in_step(DeSAMTrainer)
+        _kill_in_step(load_trainer(trainer))
     else:
-        _kill_while_saving(DeSAMTrainer, torch)
+        _kill_while_saving(torch)
     run_training(dataset, "2d", 0, trainer, device=torch.device("cpu"))
 
 
@@ -47,7 +47,7 @@ def _kill_in_step(cls: Any) -> None:
     cls.train_step = counted
 
 
-def _kill_while_saving(cls: Any, torch: Any) -> None:
+def _kill_while_saving(torch: Any) -> None:
     save = torch.save
 
     def half(content: Any, path: str, **options: Any) -> None:

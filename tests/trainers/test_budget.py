@@ -22,7 +22,7 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 STOCK = ["nnUNetTrainer", "nnUNetTrainerDA5"]
-ALL = [*STOCK, "DeSAMTrainer"]
+ALL = [*STOCK, "DeSAMTrainer", "EPLTrainer"]
 LOGGED = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses", "lrs")
 HERE = Path(__file__).parent
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_dgplugins.data.case_table import Case, CaseTable
 from nnunet_dgplugins.files import write_json
 
 ENDING = ".nii.gz"
@@ -33,6 +34,8 @@ class Recipe:
         ignore: the left part of every label is the ignore label.
         spacing: x, y, z in mm.
         sagittal: volumes are stored with the slices along x, as sagittal scans are.
+        unlabelled: so many of the training cases, the last ones, have no masks: a case table says so, their label files
+            hold the ignore label alone, and the two folds list the labelled cases only.
     """
 
     name: str = "Tiny"
@@ -43,6 +46,12 @@ class Recipe:
     ignore: bool = False
     spacing: tuple[float, float, float] = (0.6, 0.6, 3.0)
     sagittal: bool = False
+    unlabelled: int = 0
+
+    @property
+    def labelled(self) -> int:
+        """Number of training cases with masks; they come first."""
+        return self.cases - self.unlabelled
 
 
 def case_arrays(
@@ -93,6 +102,8 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
         if recipe.sagittal:
             image, label = image.transpose(0, 2, 3, 1), label.transpose(1, 2, 0)
             spacing = (spacing[2], spacing[0], spacing[1])
+        if recipe.labelled <= number < recipe.cases:
+            label = np.full_like(label, recipe.classes + 1)
         for channel, values in enumerate(image):
             write_image(folder / f"images{side}" / f"case_{number}_{channel:04d}{ENDING}", values, spacing)
         write_image(folder / f"labels{side}" / f"case_{number}{ENDING}", label, spacing)
@@ -101,7 +112,7 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
         labels.update(whole=[1, 2], core=[2])
     else:
         labels.update({f"part{value}": value for value in range(1, recipe.classes + 1)})
-    if recipe.ignore:
+    if recipe.ignore or recipe.unlabelled:
         labels["ignore"] = recipe.classes + 1
     content = {
         "channel_names": {str(i): channel for i, channel in enumerate(recipe.channels)},
@@ -111,12 +122,32 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
     }
     if recipe.regions:
         content["regions_class_order"] = [1, 2]
+    if recipe.unlabelled:
+        content["dgplugins"] = _case_table(recipe).to_dict()
+        known = [f"case_{number}" for number in range(recipe.labelled)]
+        folds = [{"train": known[:-1], "val": known[-1:]}, {"train": known[1:], "val": known[:1]}]
+        write_json(folder / "splits_final.json", folds)
     write_json(folder / "dataset.json", content)
     return folder
 
 
-def plan(number: int, planner: str = "ExperimentPlanner", preprocess: bool = True) -> str:
-    """Plan, and preprocess 2d; nnU-Net's three folders are set. Returns the name of the plans."""
+def _case_table(recipe: Recipe) -> CaseTable:
+    sites = ("north", "south")
+    return CaseTable(
+        {
+            f"case_{number}": Case(
+                site=sites[number % 2] if number < recipe.cases else "west",
+                patient=str(number),
+                labelled=not recipe.labelled <= number < recipe.cases,
+            )
+            for number in range(recipe.cases + 2)
+        },
+        source=list(sites),
+    )
+
+
+def plan(number: int, planner: str = "ExperimentPlanner", preprocess: bool = True, configuration: str = "2d") -> str:
+    """Plan, and preprocess a configuration; nnU-Net's three folders are set. Returns the name of the plans."""
     import torch
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -132,7 +163,7 @@ def plan(number: int, planner: str = "ExperimentPlanner", preprocess: bool = Tru
             api.extract_fingerprint_dataset(number, FewVoxels, 1, show_progress_bar=False, verbose=False)
         plans: str = api.plan_experiments([number], planner)
         if preprocess:
-            api.preprocess([number], plans, ("2d",), (1,), show_progress_bar=False)
+            api.preprocess([number], plans, (configuration,), (1,), show_progress_bar=False)
     torch.set_num_threads(threads)  # the planner sets it
     return plans
 
