@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from dataset_conversion._facts import SourceCase
 from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
-from dataset_conversion._raters import fuse
 from nnunet_dgplugins.errors import Problem
 from nnunet_dgplugins.files import replacing
+from nnunet_dgplugins.methods.epl.raters import fuse_raters
 
 GEOMETRY_TOLERANCE = 1e-3  # mm; rounding of headers stays below, one shifted voxel does not
 
@@ -271,6 +271,11 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
         _take(case.masks[0], label_path, link=True)
         return
     _save(label_path, label[:, :, cut], volumes[0], cut)
+
+
+def fuse(masks: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    """Return what most raters say: 0 background, 1 grey matter, 2 white matter."""
+    return fuse_raters(np.stack(masks)).labels(white_matter=True)
 
 
 def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:

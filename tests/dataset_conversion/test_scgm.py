@@ -12,7 +12,7 @@ from trees import AFFINE, read, refused, save, verify
 from trees import convert as convert_any
 
 from dataset_conversion import Dataset508_SCGM as module
-from dataset_conversion._raters import fuse
+from dataset_conversion._volumes import fuse
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UserError
 
