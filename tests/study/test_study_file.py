@@ -236,8 +236,8 @@ def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("RANDOM_SAM", "/somewhere/random.safetensors")
     monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
     files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-    assert [file.stem for file in files] == ["desam", "encoders"]
-    for file in files:
-        study = read_study(file)
+    studies = {file.stem: read_study(file) for file in files}
+    assert list(studies) == ["desam", "encoders", "epl"]
+    for study in studies.values():
         assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
-    assert study.methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
+    assert studies["encoders"].methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
