@@ -78,7 +78,7 @@ def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
 def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") -> pandas.DataFrame:
     """Compare every method with the baseline on the same unseen cases.
 
-    A case's value is its mean over classes and seeds. Patients are drawn with replacement within each site, 2000
+    A case's gain is its mean over classes and over the seeds that both methods have. Patients are drawn with replacement within each site, 2000
     times; the interval is the middle 95 % of the mean difference over sites.
 
     Returns:
@@ -88,14 +88,15 @@ def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") ->
 
     keys = ["dataset", "ratio", "source"]
     chosen = table[(table["metric"] == metric) & (table["split"] == UNSEEN)]
-    case = chosen.groupby([*keys, "method", "target", "patient", "case"], dropna=False, sort=False)["value"].mean()
+    one = [*keys, "target", "patient", "case"]
+    case = chosen.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean()
     wide = case.unstack("method")
     rows: list[dict[str, Any]] = []
     if baseline not in wide:
         return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
     for values, part in wide.groupby(level=keys, dropna=False, sort=False):
         for method in wide.columns.drop(baseline):
-            gain = (part[method] - part[baseline]).dropna()
+            gain = (part[method] - part[baseline]).dropna().groupby(level=one, dropna=False, sort=False).mean()
             if len(gain):
                 where = dict(zip(keys, values, strict=True))
                 rows.append({**where, "method": method, **_interval(gain), "cases": len(gain)})

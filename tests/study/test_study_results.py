@@ -89,6 +89,11 @@ def test_an_interval_covers_the_spread_of_patients(tmp_path: Path):
     assert row["difference"] == pytest.approx(0.2 - 0.4 / 2 / 4 / 2)
 
 
+def test_a_seed_that_only_one_method_has_is_not_compared(tmp_path: Path):
+    (row,) = differences(collect(made(tmp_path, skip=("ours", 0))), "stock").to_dict("records")
+    assert row["difference"] == pytest.approx(0.2)  # seed 1 against seed 1; both seeds' mean would give 0.21
+
+
 def test_unfinished_runs_are_left_out(tmp_path: Path):
     table = collect(made(tmp_path, skip=("ours", 1)))
     counts = by_seed(table).groupby("method")["seed"].nunique().to_dict()
