@@ -78,8 +78,8 @@ def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
 def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") -> pandas.DataFrame:
     """Compare every method with the baseline on the same unseen cases.
 
-    A case's gain is its mean over classes and over the seeds that both methods have. Patients are drawn with replacement within each site, 2000
-    times; the interval is the middle 95 % of the mean difference over sites.
+    A case's gain is its mean over classes and over the seeds that both methods have. Patients are drawn with
+    replacement within each site, 2000 times; the interval is the middle 95 % of the mean difference over sites.
 
     Returns:
         Per dataset, ratio, source and method: ``difference``, ``low``, ``high``, ``cases``.
