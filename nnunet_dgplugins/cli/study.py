@@ -111,7 +111,7 @@ def _status(tasks: Sequence[Task], state: State) -> None:
 
 
 def _print(table: pandas.DataFrame, study: Study, metric: str | None) -> None:
-    """Print the source x target matrix; brackets mark the source's own held-out cases."""
+    """Print the source x target matrix; brackets mark the source's own cases."""
     if table.empty:
         return
     from rich.console import Console
@@ -125,7 +125,7 @@ def _print(table: pandas.DataFrame, study: Study, metric: str | None) -> None:
         raise UserError(f"No metric '{metric}'{nearest(metric, metrics)}")
     console = Console(width=None if sys.stdout.isatty() else 200)
     for one in printed(table, study, metric):
-        title = f"{one.title}: {metric}, mean ± sd over seeds; (source's held-out cases)"
+        title = f"{one.title}: {metric}, mean ± sd over seeds; in brackets {one.brackets}"
         shown = Table(title=title, title_justify="left")
         for name in one.heading:
             shown.add_column(name, justify="left" if name in ("source", "method") else "right")

@@ -14,12 +14,13 @@ def comparable(study: Study, data: Data) -> bool:
     """Whether papers' numbers may stand beside those of a collection.
 
     They may where the protocol is a paper's own and the images are the public download: not made by a command of the
-    study, not simulated, all labels used.
+    study, not simulated, nothing left out of it by an option, all labels used.
     """
     return (
         study.protocol in AVERAGES
         and data.prepare is None
         and not data.ratios
+        and not data.options
         and not load_converter(data.convert).FACTS.simulated
     )
 

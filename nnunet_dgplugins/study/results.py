@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion._registry import load_converter
-from nnunet_dgplugins.files import write_bytes, write_json
+from nnunet_dgplugins.data import splits
+from nnunet_dgplugins.files import read_json, write_bytes, write_json
 from nnunet_dgplugins.study.beside import AVERAGES, published_rows
 from nnunet_dgplugins.study.file import Data, Study
 from nnunet_dgplugins.study.tasks import Run, Task
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
 COLUMNS = ["method", "dataset", "source", "target", "ratio", "seed", "case", "patient", "class", "metric", "value"]
-UNSEEN, VALIDATION = "unseen", "validation"
+UNSEEN, VALIDATION, TRAINING = "unseen", "validation", "training"
 _AVERAGES = ("mean unseen", "pooled unseen")
 _RESAMPLES = 2000
 
@@ -26,7 +27,8 @@ def collect(tasks: Sequence[Task]) -> pandas.DataFrame:
     """Return every value of every finished run, one a line.
 
     Returns:
-        Columns :data:`COLUMNS` and ``split``: ``validation`` for the source's held-out cases, ``unseen`` for others.
+        Columns :data:`COLUMNS` and ``split``: ``validation`` for the source's held-out cases, ``training`` where there
+        are so few labelled ones that they validate too, ``unseen`` for others.
     """
     import pandas
 
@@ -41,12 +43,18 @@ def _values(run: Run) -> list[pandas.DataFrame]:
     import pandas
 
     found = []
-    for file, split in (("source.csv", VALIDATION), ("unseen.csv", UNSEEN)):
+    for file, split in (("source.csv", _own_split(run)), ("unseen.csv", UNSEEN)):
         if (run.folder / file).is_file():
             part = pandas.read_csv(run.folder / file, dtype={"case": str, "patient": str})
             labels = {"method": run.method, "dataset": run.dataset, "source": run.source, "seed": run.seed}
             found.append(part.rename(columns={"site": "target"}).assign(**labels, ratio=run.ratio, split=split))
     return found
+
+
+def _own_split(run: Run) -> str:
+    """Return what the source's evaluated cases are in the training."""
+    folds = read_json(run.folds) if run.folds and run.folds.is_file() else []
+    return TRAINING if folds and folds[0].get(splits.VALIDATES_ON) == splits.TRAINING else VALIDATION
 
 
 def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
@@ -130,12 +138,14 @@ class Printed:
         heading: of the columns.
         rows: as long as the heading; published rows stand behind ours of the same source.
         notes: caveats of the published rows.
+        brackets: what the cases behind numbers in brackets are.
     """
 
     title: str
     heading: list[str]
     rows: list[list[str]]
     notes: list[str]
+    brackets: str
 
 
 def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) -> list[Printed]:
@@ -153,7 +163,9 @@ def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) ->
         heading = ["source", "method", *targets]
         if gains is not None:
             heading.append(f"difference to {study.baseline} [95 %]")
-        shown = Printed(_title(data, ratio), heading, [], [])
+        seen = TRAINING in set(part["split"])
+        brackets = "the source's labelled training cases" if seen else "the source's held-out cases"
+        shown = Printed(_title(data, ratio), heading, [], [], brackets)
         for source, own in part.groupby("source", sort=False):
             for method, values in own.groupby("method", sort=False):
                 row = [str(source), str(method), *(_cell(values.set_index("target"), target) for target in targets)]
@@ -183,7 +195,7 @@ def _cell(values: pandas.DataFrame, target: str) -> str:
         return "-"
     row = values.loc[target]
     text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
-    return f"({text})" if row["split"] == VALIDATION else text
+    return text if row["split"] == UNSEEN else f"({text})"
 
 
 def _gain(gains: pandas.DataFrame, dataset: str, ratio: Any, source: str, method: str) -> str:
@@ -196,11 +208,12 @@ def _gain(gains: pandas.DataFrame, dataset: str, ratio: Any, source: str, method
 
 
 def markdown(table: pandas.DataFrame, study: Study, metric: str | None = None) -> str:
-    """Return the matrix as markdown; brackets mark the source's own held-out cases."""
+    """Return the matrix as markdown; brackets mark the source's own cases."""
     parts = []
     for one in printed(table, study, metric):
         lines = [one.heading, ["---", "---", *["---:"] * (len(one.heading) - 2)], *one.rows]
         text = f"### {one.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text += f"\nIn brackets: {one.brackets}.\n"
         parts.append(text + "".join(f"\n- {note}" for note in one.notes) + ("\n" if one.notes else ""))
     return "\n".join(parts)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins import __version__, settings
+from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, content_hash, file_sha256
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.sam.models import get_model
@@ -40,6 +41,7 @@ class Run:
         ratio: labelled share, None for all.
         seed: of everything random.
         folder: receives ``source.csv`` and ``unseen.csv`` of ``dgplugins evaluate``.
+        folds: the dataset's folds, which say whether its validation cases are training cases.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Run:
     ratio: float | None
     seed: int
     folder: Path
+    folds: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,8 @@ class _Variant:
         # what a training is tested with has a place of its own: going back to another way finds its results again
         way = "_mirrored" if study.mirroring else ""
         values = folder / f"{study.protocol}{way}"
-        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values)
+        folds = self.all.folder / RAW / self.dataset / SPLITS
+        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values, folds)
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
         name, raw = f"{self.title} {method.name} seed {seed}", self.all.folder / RAW / self.dataset
         where = ["-tr", method.trainer, "-p", plans, "-device", device]

@@ -149,7 +149,7 @@ def test_desams_published_number_stands_in_the_pooled_column(tmp_path: Path):
 
 
 @pytest.mark.parametrize("changes", [{"download": None, "prepare": "make {download}"}, {"convert": "simulated-vendors"},
-                                     {"ratios": (0.5,)}])  # fmt: skip
+                                     {"ratios": (0.5,)}, {"options": ("--exclude", "BMC_Case01")}])  # fmt: skip
 def test_made_images_are_never_compared_with_papers(tmp_path: Path, changes: dict[str, object]):
     study = real("samsdg", tmp_path, **changes)
     assert "(published)" not in markdown(protocol_table(tmp_path, "dice_samsdg"), study)
@@ -157,6 +157,19 @@ def test_made_images_are_never_compared_with_papers(tmp_path: Path, changes: dic
 
 def test_another_protocol_is_never_compared_with_papers(tmp_path: Path):
     assert "(published)" not in markdown(protocol_table(tmp_path, "dice"), real("standard", tmp_path))
+
+
+def test_cases_that_train_are_never_called_held_out(tmp_path: Path):
+    folds = tmp_path / "splits_final.json"
+    folds.write_text(json.dumps([{"train": ["A0"], "val": ["A0"], "validates_on": "training cases"}]))
+    tasks = [replace(task, run=replace(task.run, folds=folds)) for task in made(tmp_path) if task.run]
+    table = collect(tasks)
+    assert set(table["split"]) == {"training", "unseen"}
+    text = markdown(table, STUDY)
+    assert "(0.515 ± 0.014)" in text
+    assert "In brackets: the source's labelled training cases." in text
+    folds.write_text(json.dumps([{"train": ["A0"], "val": ["A1"]}]))
+    assert "In brackets: the source's held-out cases." in markdown(collect(tasks), STUDY)
 
 
 def test_simulated_sites_are_called_so_in_every_table(tmp_path: Path):
