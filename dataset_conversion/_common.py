@@ -242,7 +242,8 @@ def _digest(plan: _Plan, reports: list[Checked]) -> str:
             "name": plan.name,
             "options": _options(plan),
             "cases": [
-                [case.name, case.site, case.patient, *report.files]
+                # a file of several frames stays the same when the frame wanted from it is another
+                [case.name, case.site, case.patient, *([] if case.frame is None else [case.frame]), *report.files]
                 for case, report in zip(plan.cases, reports, strict=True)
             ],
         }

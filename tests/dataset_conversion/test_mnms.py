@@ -201,6 +201,24 @@ def test_the_table_can_be_named_and_must_be_there(root: Path, tmp_path: Path) ->
         convert(root, site_map=path)
 
 
+@pytest.mark.parametrize(("code", "ed", "es"), [("A0A0A1", 5, 0), ("A0A0A3", 0, 6)])
+def test_frames_corrected_in_the_table_are_other_content(root: Path, code: str, ed: int, es: int) -> None:
+    """The same files give other images under the same names; of an unlabelled patient no mask would tell."""
+    out = convert(root, labelled=1)
+    change(root, code, ED=ed, ES=es)
+    with pytest.raises(UserError, match="--overwrite"):
+        convert(root, labelled=1)
+    assert right_frames(out, code, 0, 5)
+    assert right_frames(convert(root, labelled=1, overwrite=True), code, ed, es)
+
+
+def right_frames(folder: Path, code: str, ed: int, es: int) -> bool:
+    return all(
+        np.array_equal(read(folder / "imagesTr" / f"A_{code}_{phase}_0000.nii.gz"), cine(int(code[-1]))[..., frame])
+        for phase, frame in (("ED", ed), ("ES", es))
+    )
+
+
 def test_every_problem_is_listed_at_once_and_leaving_the_patients_out_settles_it(
     root: Path, nnunet_folders: Path
 ) -> None:
@@ -237,17 +255,14 @@ def test_every_problem_is_listed_at_once_and_leaving_the_patients_out_settles_it
     assert {name[:8] for name in names(out / "labelsTr")} == {"A_A0A0A3", "C_C0A0A2"}
 
 
-def test_a_conversion_that_was_stopped_finishes_with_the_same_bytes(
-    root: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def stopped(root: Path, **options: object) -> None:
+    """Convert until the disk is full, after nine files."""
     from dataset_conversion import _volumes
 
-    def content(folder: Path) -> dict[str, bytes]:
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
-
-    out = convert(root, labelled=1)
-    whole = content(out)
-    shutil.rmtree(out)
     save_file, left = _volumes._save, [1] * 9
 
     def full(*arguments: object) -> None:
@@ -256,9 +271,22 @@ def test_a_conversion_that_was_stopped_finishes_with_the_same_bytes(
         left.pop()
         save_file(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_volumes, "_save", full)
-    with pytest.raises(UserError, match="Run the same command again"):
-        convert(root, labelled=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_volumes, "_save", full)
+        with pytest.raises(UserError, match="Run the same command again"):
+            convert(root, **options)
+
+
+def test_a_conversion_that_was_stopped_finishes_with_the_same_bytes(root: Path) -> None:
+    out = convert(root, labelled=1)
+    whole = content(out)
+    shutil.rmtree(out)
+    stopped(root, labelled=1)
     assert not out.exists()
-    monkeypatch.setattr(_volumes, "_save", save_file)
     assert content(convert(root, labelled=1)) == whole
+
+
+def test_a_conversion_that_was_stopped_does_not_go_on_with_frames_of_a_corrected_table(root: Path) -> None:
+    stopped(root, labelled=1)
+    change(root, "A0A0A2", ES=6)
+    assert right_frames(convert(root, labelled=1), "A0A0A2", 0, 6)
