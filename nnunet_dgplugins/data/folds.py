@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from nnunet_dgplugins.data.case_table import CaseTable
@@ -66,6 +67,14 @@ def trainable(names: list[str], table: CaseTable | None) -> list[str]:
         return names
     labelled = [name for name in names if name not in table.cases or table.cases[name].labelled]
     return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
+
+
+def without_masks(names: Iterable[str], table: CaseTable | None) -> list[str]:
+    """Return the unlabelled cases of the source sites; every unlabelled case where no source is named."""
+    if table is None:
+        return []
+    hidden = [name for name in names if name in table.cases and not table.cases[name].labelled]
+    return [name for name in hidden if not table.sources or table.site_of(name) in table.sources]
 
 
 def _default(labelled: list[str], table: CaseTable | None) -> list[dict[str, list[str]]]:

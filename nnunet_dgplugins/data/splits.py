@@ -16,7 +16,9 @@ from nnunet_dgplugins.errors import Problem, UserError, nearest
 
 SPLITS = "splits_final.json"
 SEED = 12345  # nnU-Net's own
-Split = dict[str, Any]  # "train" and "val": lists of cases; leave-one-site-out adds "held_out": the site
+# "train" and "val": lists of cases. A fold of a single source adds "source": the site; leave-one-site-out adds
+# "held_out". Both keep unlabelled cases of other sites out, which no list names.
+Split = dict[str, Any]
 VALIDATES_ON, TRAINING = "validates_on", "training cases"  # marks a fold whose few labelled cases do both on purpose
 
 
@@ -57,11 +59,14 @@ def k_fold(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED)
 def single_source(table: CaseTable, site: str, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
     """Split one site's cases of ``names`` into ``k`` folds by patient; no other site is trained or validated on.
 
+    The extra key ``source`` names the site.
+
     Raises:
         UserError: the site is unknown or has too few patients.
     """
     check_site(table, site, names)
-    return k_fold(table, [name for name in names if table.site_of(name) == site], k, seed)
+    folds = k_fold(table, [name for name in names if table.site_of(name) == site], k, seed)
+    return [{**fold, "source": site} for fold in folds]
 
 
 def leave_one_site_out(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:

@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.folds import without_masks
 from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.files import read_json
 
@@ -22,8 +23,8 @@ def unlabelled_cases(
 ) -> list[str]:
     """Return the fold's cases without masks, by the case table alone.
 
-    Left out are cases of other sites than the named source, of the site the fold holds out, and of patients the fold
-    validates on.
+    Left out are cases of other sites than the source that the table or the fold names, of the site the fold holds out,
+    and of patients the fold validates on.
 
     Args:
         base: preprocessed folder of the dataset, which holds ``splits_final.json``.
@@ -34,16 +35,14 @@ def unlabelled_cases(
     """
     if table is None:
         return []
-    held_out = None
-    if fold != "all" and (base / SPLITS).is_file():
-        held_out = read_json(base / SPLITS)[int(fold)].get("held_out")
+    split = read_json(base / SPLITS)[int(fold)] if fold != "all" and (base / SPLITS).is_file() else {}
+    source, held_out = split.get("source"), split.get("held_out")
     patients = {table.patient_of(name) for name in validation}
     present = sorted(path.name[: -len(".pkl")] for path in data_folder.glob("*.pkl"))
     return [
         name
-        for name in present
-        if not is_labelled(table, name)
-        and (not table.sources or table.site_of(name) in table.sources)
+        for name in without_masks(present, table)
+        if source in (None, table.site_of(name))
         and (held_out is None or table.site_of(name) != held_out)
         and table.patient_of(name) not in patients
     ]

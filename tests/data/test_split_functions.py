@@ -80,6 +80,7 @@ def test_a_single_source_leaves_every_other_site_alone() -> None:
     table = make(A=5, B=5)
     for fold in single_source(table, "A", list(table.cases)):
         assert {name[0] for name in fold["train"] + fold["val"]} == {"A"}
+        assert fold["source"] == "A"
 
 
 def test_leaving_one_site_out_validates_on_the_sites_that_train() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import SEMI, World
 
+from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.splits import single_source
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json
 
@@ -66,6 +68,22 @@ def test_cases_of_other_sites_held_out_sites_and_validation_patients_stay_outsid
     semi.write_splits([{"train": ["case_0"], "val": ["case_2"], "held_out": "south"}])
     with pytest.raises(UserError, match="no case without masks"):
         semi.construct("EPLTrainer")._unlabelled_pool()
+
+
+def test_unlabelled_cases_of_targets_stay_outside_a_single_source_of_a_mixed_dataset(semi: World):
+    semi.use(SEMI, own=True)
+    semi.settings(unlabelled_pool="unlabelled")
+
+    def mix(content: dict[str, Any]) -> None:
+        table = content["dgplugins"]
+        table["source"] = None
+        for number, case in enumerate(table["cases"].values()):
+            case.update(site="target" if number in (4, 5) else "here", patient=str(number))
+
+    semi.edit_json("dataset.json", mix)
+    table = CaseTable.from_dataset_json(read_json(semi.preprocessed / "dataset.json"))
+    semi.write_splits(single_source(table, "here", [f"case_{number}" for number in range(6)], k=2))
+    assert semi.construct("EPLTrainer")._unlabelled_pool() == ["case_3"]
 
 
 def test_a_sample_without_masks_gets_exactly_no_gradient_from_the_supervised_loss(semi: World):
