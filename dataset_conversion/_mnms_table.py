@@ -6,10 +6,11 @@ import csv
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_conversion._facts import Facts, Listing, Trouble, entries
+from dataset_conversion._facts import Facts, Listing, Site, Trouble, entries
 from nnunet_dgplugins.errors import BadInput, Problem, UserError
 
 NAME = re.compile(r".*M&Ms.*nformation.*\.csv", re.IGNORECASE)
@@ -77,6 +78,7 @@ def read_table(path: Path, facts: Facts, listing: Listing) -> tuple[dict[str, Ro
         wanted = "External code, Vendor or VendorName, Centre, ED and ES"
         raise BadInput(f"The information table {path}", [Problem(str(path), f"found {seen}", wanted)])
     rows: dict[str, Row] = {}
+    first: dict[str, str] = {}  # code -> where it was first listed
     unclear: set[str] = set()
     for number, line in lines:
         values = {name: (line.get(column) or "").strip() for name, column in columns.items()}
@@ -84,11 +86,10 @@ def read_table(path: Path, facts: Facts, listing: Listing) -> tuple[dict[str, Ro
         if not code:
             continue  # an empty line, or the sums that spreadsheets end with
         where = f"{path.name}, line {number}"
-        problems = [f"{code} is listed twice, first at {rows[code].where}"] if code in rows else []
-        vendors = [values[name] for name in ("vendor", "vendor name") if values.get(name)]
-        site = next((site for text in vendors for site in facts.sites if site.answers_to(text)), None)
-        if site is None:
-            problems.append(f"{code}: unknown vendor '{' '.join(vendors)}'")
+        problems = [f"{code} is listed twice, first at {first[code]}"] if code in first else []
+        first.setdefault(code, where)
+        site, problem = _vendor(code, values, columns, facts)
+        problems += [problem] if problem else []
         frames = {}
         for name in ("ed", "es"):
             try:
@@ -96,13 +97,28 @@ def read_table(path: Path, facts: Facts, listing: Listing) -> tuple[dict[str, Ro
             except ValueError:
                 problems.append(f"{code}: {name.upper()} is '{values[name]}', expected the number of a frame")
         for text in problems:
-            listing.troubles.append(Trouble(Problem(f"{path}, line {number}", text), site.name if site else None, code))
+            # of a code listed twice, either line may say the right vendor
+            known = site.name if site and first[code] == where else None
+            entry = Problem(f"{path}, line {number}", text, fix=f"Correct it, or use --exclude {code}.")
+            listing.troubles.append(Trouble(entry, known, code))
         if problems:
             unclear.add(code)
         elif site is not None:
             centre = re.sub(r"\.0*$", "", values["centre"])
             rows[code] = Row(site.name, centre, frames["ed"], frames["es"], where)
-    return rows, unclear
+    return {code: row for code, row in rows.items() if code not in unclear}, unclear
+
+
+def _vendor(code: str, values: Mapping[str, str], columns: Mapping[str, str], facts: Facts) -> tuple[Site | None, str]:
+    """Return the one site that the vendor columns mean, or None and what is wrong with them."""
+    said = {columns[name]: values[name] for name in ("vendor", "vendor name") if values.get(name)}
+    meant = {site.name: site for text in said.values() for site in facts.sites if site.answers_to(text)}
+    if len(meant) == 1:
+        return next(iter(meant.values())), ""
+    if not meant:
+        return None, f"{code}: unknown vendor '{' '.join(said.values())}'"
+    cells = " but ".join(f"{column} is '{text}'" for column, text in said.items())
+    return None, f"{code}: {cells}, vendors {' and '.join(meant)}"
 
 
 def _lines(path: Path) -> tuple[dict[str, str], list[tuple[int, dict[str, str]]]]:

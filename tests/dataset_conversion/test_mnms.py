@@ -219,6 +219,32 @@ def right_frames(folder: Path, code: str, ed: int, es: int) -> bool:
     )
 
 
+def test_vendor_columns_that_contradict_each_other_are_a_problem(root: Path) -> None:
+    change(root, "D0A0A1", Vendor="A")  # VendorName stays Canon: a target patient would be trained on
+    assert "D0A0A1: Vendor is 'A' but VendorName is 'Canon', vendors A and D" in str(refused(module, root, **OPTIONS))
+    assert names(convert(root, exclude=("D0A0A1",)) / "labelsTs") == ["D_D0A0A2_ED", "D_D0A0A2_ES"]
+
+
+def test_a_vendor_column_that_says_nothing_leaves_it_to_the_other(root: Path) -> None:
+    change(root, "D0A0A1", Vendor="")
+    change(root, "D0A0A2", VendorName="a scanner")
+    assert len(names(convert(root) / "labelsTs")) == 4
+
+
+@pytest.mark.parametrize("vendor", ["A", "D"])
+def test_a_patient_listed_twice_is_one_problem_and_can_be_left_out(
+    root: Path, capsys: pytest.CaptureFixture[str], vendor: str
+) -> None:
+    rows = read_rows(information(root))
+    again = list(next(row for row in rows if row[1] == "A0A0A1"))
+    again[HEADER.index("Vendor")], again[HEADER.index("VendorName")] = vendor, ""
+    write_table(information(root), [*rows, again])
+    report = refused(module, root, targets=("B",), sources=("A", "C"))
+    assert str(report).count("A0A0A1 is listed twice") == 1
+    convert(root, exclude=("A0A0A1",))
+    assert "no folder" not in capsys.readouterr().err
+
+
 def test_every_problem_is_listed_at_once_and_leaving_the_patients_out_settles_it(
     root: Path, nnunet_folders: Path
 ) -> None:
