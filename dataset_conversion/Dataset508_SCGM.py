@@ -8,14 +8,39 @@ images only. The raters are fused: a voxel belongs to what more than half of the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dataset_conversion._command import make_command, run_as_script
-from dataset_conversion._facts import Facts, Listing, Request, Site, SourceCase, Trouble, entries, is_volume, stem
+from dataset_conversion._facts import (
+    Facts,
+    Listing,
+    Raters,
+    Request,
+    Site,
+    SourceCase,
+    Trouble,
+    entries,
+    is_volume,
+    stem,
+)
 from nnunet_dgplugins.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def fuse(masks: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return what most raters say: 0 background, 1 grey matter, 2 white matter."""
+    import numpy as np  # here, so that --help stays fast
+
+    from nnunet_dgplugins.methods.epl.raters import fuse_raters
+
+    return fuse_raters(np.stack(masks)).labels(white_matter=True)
+
 
 FACTS = Facts(
     command="scgm",
@@ -35,7 +60,7 @@ FACTS = Facts(
     zones_flag="--white-matter",
     splits=("kfold", "labelled"),
     few_labels=True,
-    raters=4,
+    raters=Raters(4, fuse),
     reference="http://niftyweb.cs.ucl.ac.uk/challenge/",
     licence="registration at the challenge; see the licence file of the download",
 )

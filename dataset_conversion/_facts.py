@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nnunet_dgplugins.errors import Problem, UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 WITHOUT = "without_"  # in names of datasets and sources: trained on every site but the one that follows
 VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
@@ -33,6 +37,20 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Raters:
+    """Several masks of one case.
+
+    Args:
+        count: masks of a case where none is missing.
+        fuse: makes one label, in values of the source, of the whole-numbered masks that are there; a function of a
+            module, so that worker processes find it.
+    """
+
+    count: int
+    fuse: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything a source dataset's converter knows before it opens a file.
 
@@ -51,7 +69,7 @@ class Facts:
         splits: names of the ways to split, the default first.
         few_labels: whether a share of the patients can be labelled only, and the rest kept as unlabelled cases.
         counts: ways to count the labelled patients of a share, the default first (:mod:`dataset_conversion._labelled`).
-        raters: masks per case, fused into one label.
+        raters: how several masks per case become one label; None where each case has one.
         zones_flag: option that keeps the zones, where ``--zones keep`` would be the wrong word.
         reference: where the data come from.
         licence: what the data may be used for, as far as known.
@@ -72,7 +90,7 @@ class Facts:
     splits: tuple[str, ...] = ("kfold",)
     few_labels: bool = False
     counts: tuple[str, ...] = ("honest",)
-    raters: int = 1
+    raters: Raters | None = None
     zones_flag: str = ""
     reference: str = ""
     licence: str = ""

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataset_conversion._facts import SourceCase
+from dataset_conversion._facts import Raters, SourceCase
 from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
 from nnunet_dgplugins.errors import Problem
 from nnunet_dgplugins.files import replacing
-from nnunet_dgplugins.methods.epl.raters import fuse_raters
 
 GEOMETRY_TOLERANCE = 1e-3  # mm; rounding of headers stays below, one shifted voxel does not
 
@@ -32,7 +31,7 @@ class Recipe:
         drop_empty_slices: cut to the slices from the first to the last with organ.
         link: link files that need no change.
         ignore: value that fills the label of a case without annotation.
-        raters: masks per case, fused into one label.
+        raters: how several masks become one label; None for one mask.
     """
 
     mapping: Mapping[int, int]
@@ -40,7 +39,7 @@ class Recipe:
     drop_empty_slices: bool = False
     link: bool = False
     ignore: int = 0
-    raters: int = 1
+    raters: Raters | None = None
 
 
 @dataclass
@@ -88,7 +87,7 @@ def check_case(case: SourceCase, recipe: Recipe) -> Checked:
     checked = [_check_label(path, mask, recipe, report) for path, mask in masks.items()]
     rounded = [values for values in checked if values is not None]
     if len(rounded) == len(checked) and len({values.shape for values in rounded}) == 1:
-        fused = fuse(rounded) if recipe.raters > 1 else rounded[0]
+        fused = recipe.raters.fuse(rounded) if recipe.raters else rounded[0]
         _count_label(case, fused, recipe, report)
     if len(images) < len(case.images):
         return report
@@ -174,9 +173,9 @@ def _count(values: npt.NDArray[np.integer]) -> dict[int, int]:
 def _count_label(case: SourceCase, label: npt.NDArray[np.integer], recipe: Recipe, report: Checked) -> None:
     """Note the values of the label as it is going to be, and what is suspicious about it."""
     report.values = _count(label)
-    if 0 < len(case.masks) < recipe.raters:
+    if recipe.raters and 0 < len(case.masks) < recipe.raters.count:
         report.warnings.append(
-            f"{case.label}: {len(case.masks)} of {recipe.raters} raters; the majority of those there are is taken"
+            f"{case.label}: {len(case.masks)} of {recipe.raters.count} raters; those there are decide"
         )
     if any(recipe.mapping.get(value, value) for value in report.values):
         return
@@ -217,7 +216,8 @@ def _plan(
             report.bytes += path.stat().st_size if as_is else volume.array.nbytes
     report.label_as_is = (
         report.image_as_is[0]
-        and len(masks) == recipe.raters == 1
+        and len(masks) == 1
+        and recipe.raters is None
         and case.masks[0].name.lower().endswith(".nii.gz")
         and masks[0].array.dtype.kind in "iu"
         and not masks[0].squeezed
@@ -273,17 +273,14 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
     _save(label_path, label[:, :, cut], volumes[0], cut)
 
 
-def fuse(masks: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
-    """Return what most raters say: 0 background, 1 grey matter, 2 white matter."""
-    return fuse_raters(np.stack(masks)).labels(white_matter=True)
-
-
 def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """Return the label to write: mapped, fused from several raters, or filled with the ignore value."""
     if not case.masks:
         return np.full(shape, recipe.ignore, np.uint8)
     arrays = [read_volume(path, case.frame).array for path in case.masks]
-    array = fuse([np.rint(values).astype(np.int64) for values in arrays]) if recipe.raters > 1 else arrays[0]
+    array = arrays[0]
+    if recipe.raters:
+        array = recipe.raters.fuse([np.rint(values).astype(np.int64) for values in arrays])
     mapped = np.zeros(array.shape, np.uint8)
     for source_value, value in recipe.mapping.items():
         mapped[np.abs(array - source_value) <= 1e-3] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from trees import AFFINE, read, refused, save, verify
 from trees import convert as convert_any
 
 from dataset_conversion import Dataset508_SCGM as module
-from dataset_conversion._volumes import fuse
+from dataset_conversion._facts import Raters, SourceCase
+from dataset_conversion._volumes import Recipe, check_case, write_case
+from dataset_conversion.Dataset508_SCGM import fuse
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UserError
 
@@ -52,6 +55,15 @@ def test_grey_and_white_votes_make_cord_together() -> None:
 @pytest.mark.parametrize(("votes", "expected"), [((1, 1, 0), 1), ((1, 0, 0), 0), ((1, 0), 0), ((1, 1), 1), ((1,), 1)])
 def test_fewer_raters_decide_by_strict_majority_too(votes: tuple[int, ...], expected: int) -> None:
     assert fuse([np.array([vote]) for vote in votes]).tolist() == [expected]
+
+
+def test_the_converter_says_how_its_masks_are_fused_and_worker_processes_follow(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{n}.nii.gz", np.full((4, 4, 2), n, np.uint8), AFFINE) for n in range(4)]
+    case = SourceCase("a", (paths[0],), paths[1], "site", "p", "a", raters=(paths[3],))
+    recipe = Recipe({0: 0, 3: 7, 1: 1}, raters=Raters(2, np.maximum.reduce))
+    write_case(case, recipe, check_case(case, recipe), tmp_path / "out", "Tr")
+    assert (read(tmp_path / "out" / "labelsTr" / "a.nii.gz") == 7).all()
+    assert pickle.loads(pickle.dumps(module.FACTS.raters)) == module.FACTS.raters
 
 
 def test_three_sites_are_trained_on_and_labels_are_grey_matter_alone(root: Path) -> None:
