@@ -264,6 +264,8 @@ def train_or_continue(
             trainer.print_to_log_file(f"Goes on from {found.name}, {trainer.current_epoch} epochs done.")
         if not found or found.name != _FINAL:
             steps = run.train()
+        elif run.own:  # a kill may have come right after the final checkpoint
+            trainer.after_training()
         trainer.print_to_log_file(f"{type(trainer).__name__}: {steps} steps, {run.seconds() / 60:.2f} minutes.")
         trainer.perform_actual_validation(False)
     return steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -206,11 +207,15 @@ class DGTrainer(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint; a half-written one gives way to the newest readable one of the fold, and it is said."""
-        if not isinstance(filename_or_checkpoint, str):
-            super().load_checkpoint(filename_or_checkpoint)
-            return
-        path, content = self._readable_checkpoint(Path(filename_or_checkpoint))
-        super().load_checkpoint(str(path))
+        if isinstance(filename_or_checkpoint, str):
+            path, content = self._readable_checkpoint(Path(filename_or_checkpoint))
+            super().load_checkpoint(str(path))
+        else:  # nnU-Net's signature names a dict, but its code reads files alone
+            content = filename_or_checkpoint
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / _LATEST
+                torch.save(content, path)
+                super().load_checkpoint(str(path))
         self.load_extra_state(content.get(settings.KEY))
 
     def _readable_checkpoint(self, wanted: Path) -> tuple[Path, dict[str, Any]]:
@@ -231,6 +236,9 @@ class DGTrainer(nnUNetTrainer):
                 )
             return candidate, content
         raise UserError(f"{type(self).__name__}: no readable checkpoint in {wanted.parent}: {', '.join(complaints)}.")
+
+    def after_training(self) -> None:
+        """Write what a method keeps beside its final checkpoint; called again where a kill may have come between."""
 
     def check_loss(self, loss: torch.Tensor, keys: Any) -> None:
         """Stop with the batch's cases when the loss is not finite, before it reaches the weights."""

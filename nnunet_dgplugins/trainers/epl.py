@@ -33,7 +33,7 @@ from nnunet_dgplugins.methods.epl.step import (
 from nnunet_dgplugins.methods.epl.styles import fourier_version
 from nnunet_dgplugins.settings import EPLSettings, TrainingSettings
 from nnunet_dgplugins.trainers.base import DGTrainer, flattened, seed_everything
-from nnunet_dgplugins.trainers.second_network import export_second
+from nnunet_dgplugins.trainers.second_network import export_second, exported_checkpoints
 
 _CLIP = 12  # nnU-Net's
 _FULL_MIX_STRENGTH = 0.3  # published: each image draws from 0 to this
@@ -130,7 +130,11 @@ class EPLTrainer(DGTrainer):
         return self.network, self.second_network
 
     def initialize(self) -> None:
-        """Build both networks; the second is drawn from a seed of its own."""
+        """Build both networks, the second drawn from a seed of its own, and give both their start weights.
+
+        nnU-Net's ``-pretrained_weights`` and checkpoints come later, so they replace them. A training that goes on does
+        without the file.
+        """
         super().initialize()
         seed_everything(self.settings.seed, 0, _SECOND_SEED)
         self.second_network = self.build_network_architecture(
@@ -140,6 +144,8 @@ class EPLTrainer(DGTrainer):
             self.label_manager.num_segmentation_heads,
             self.enable_deep_supervision,
         ).to(self.device)
+        if self.settings.start_weights and Path(self.settings.start_weights).is_file():
+            self._load_start_weights()
         self.optimizer.add_param_group({"params": list(self.second_network.parameters())})
         self.memory_format = self._memory_format()
         self.passes = self._forwards()
@@ -150,6 +156,12 @@ class EPLTrainer(DGTrainer):
             f"{self.passes.__name__}. The plans count memory for one network and "
             f"{self.configuration_manager.batch_size} patches: on a full GPU lower unlabelled_batch_size first."
         )
+
+    def _load_start_weights(self) -> None:
+        from nnunet_dgplugins.methods.epl.checkpoint import load_start_weights
+
+        for network in self.networks():
+            self.print_to_log_file(f"Start weights: {load_start_weights(network, self.settings.start_weights)}")
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()
@@ -234,14 +246,10 @@ class EPLTrainer(DGTrainer):
     # ---------------------------------------------------------------- steps
 
     def on_train_start(self) -> None:
-        """Give both networks their start weights where a training begins."""
-        if not self.was_initialized:
-            self.initialize()
-        if self.settings.start_weights and self.current_epoch == 0:
-            from nnunet_dgplugins.methods.epl.checkpoint import load_start_weights
-
-            for network in self.networks():
-                self.print_to_log_file(f"Start weights: {load_start_weights(network, self.settings.start_weights)}")
+        """Refuse to begin without the start weights."""
+        path = self.settings.start_weights
+        if path and self.current_epoch == 0 and not Path(path).is_file():
+            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
@@ -366,9 +374,19 @@ class EPLTrainer(DGTrainer):
         """Write the final checkpoint, and network 2 as a fold where asked for, and stop the loaders."""
         super().on_train_end()
         self.dataloader_train.close()
-        if self.settings.export_second and not self.disable_checkpointing:
-            path = export_second(Path(self.output_folder_base), self.fold)
-            self.print_to_log_file(f"Network 2 is {path}: predict with -f {self.fold} {path.parent.name[5:]} for both.")
+        self.after_training()
+
+    def after_training(self) -> None:
+        """Write network 2 as a fold where asked for, or where an earlier training's would be taken for this one's."""
+        if self.disable_checkpointing or not str(self.fold).isdigit():
+            return
+        model = Path(self.output_folder_base)
+        asked = ["checkpoint_final.pth"] if self.settings.export_second else []
+        for name in sorted({*asked, *exported_checkpoints(model, self.fold)}):
+            if (Path(self.output_folder) / name).is_file():
+                path = export_second(model, self.fold, name)
+                both = f"{self.fold} {path.parent.name[5:]}"
+                self.print_to_log_file(f"Network 2 is {path}: predict with -f {both} for both.")
 
 
 def _rows(value: Output, rows: list[int], count: int) -> Any:

@@ -44,6 +44,13 @@ def export_second(model_folder: Path, fold: int | str, checkpoint: str = "checkp
     return path
 
 
+def exported_checkpoints(model_folder: Path, fold: int | str) -> list[str]:
+    """Return the names of the checkpoints of a fold that hold network 2 alone; none for fold ``all``."""
+    if not str(fold).isdigit():
+        return []
+    return sorted(path.name for path in (model_folder / f"fold_{OFFSET + int(fold)}").glob("checkpoint_*.pth"))
+
+
 def second_weights(content: dict[str, Any], where: Path) -> dict[str, torch.Tensor]:
     """Return network 2 of a checkpoint's content.
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEMI, World
-from resuming import assert_same, checkpoint
+from resuming import assert_same, checkpoint, resume
 from tiny_dataset import Recipe, plan, threads_for_processes
 
-from nnunet_dgplugins.errors import UnsupportedFeature
+from nnunet_dgplugins.errors import UnsupportedFeature, UserError
 from nnunet_dgplugins.files import read_json
 
 TRAINER = "EPLTrainer"
@@ -269,7 +269,9 @@ def test_deeplab_trains_and_is_rebuilt_by_the_predictor_from_the_plans(semi: Wor
     assert len(semi.predict(semi.model(TRAINER))) == 2
 
 
-def test_start_weights_reach_both_networks_and_what_fits_is_said(semi: World, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def start_weights(semi: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """A small network in DeepLabV3+'s place, and a file of start weights for it in the settings."""
     from nnunet_dgplugins.methods.epl import deeplab
 
     class Net(torch.nn.Module):
@@ -285,10 +287,40 @@ def test_start_weights_reach_both_networks_and_what_fits_is_said(semi: World, mo
     given = {"0.weight": torch.full((4, 1, 3, 3), 0.5), "0.bias": torch.zeros(4), "fc.weight": torch.zeros(3)}
     torch.save(given, semi.root / "start.pth")
     semi.settings(network="deeplabv3plus", start_weights=str(semi.root / "start.pth"), initial_lr=0.0)
+    return given
+
+
+def test_start_weights_reach_both_networks_and_what_fits_is_said(semi: World, start_weights: dict[str, torch.Tensor]):
     built = semi.train(TRAINER)
     for network in built.networks():
-        assert torch.equal(network.backbone[0].weight, given["0.weight"])
+        assert torch.equal(network.backbone[0].weight, start_weights["0.weight"])
     assert Path(built.log_file).read_text().count("2 tensors loaded") == 2
+
+
+def test_pretrained_weights_win_over_start_weights(semi: World, start_weights: dict[str, torch.Tensor]):
+    from nnunetv2.run.run_training import maybe_load_checkpoint
+
+    built = semi.construct(TRAINER)
+    built.initialize()
+    given = {key: torch.full_like(value, 0.25) for key, value in built.network.state_dict().items()}
+    torch.save({"network_weights": given}, semi.root / "pretrained.pth")
+    maybe_load_checkpoint(built, False, False, str(semi.root / "pretrained.pth"))
+    built.on_train_start()
+    assert torch.equal(built.network.backbone[0].weight, given["backbone.0.weight"])
+    assert torch.equal(built.second_network.backbone[0].weight, start_weights["0.weight"])
+
+
+def test_a_training_begins_with_its_start_weights_or_not_at_all_and_goes_on_without_the_file(
+    semi: World, start_weights: dict[str, torch.Tensor]
+):
+    file = semi.root / "start.pth"
+    file.rename(semi.root / "kept.pth")
+    with pytest.raises(UserError, match="no file"):
+        semi.train(TRAINER)
+    (semi.root / "kept.pth").rename(file)
+    semi.train(TRAINER)
+    file.unlink()
+    resume(semi, TRAINER)
 
 
 def test_deeplab_in_3d_and_a_batch_of_one_are_refused(semi: World):

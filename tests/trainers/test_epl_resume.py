@@ -49,6 +49,16 @@ def test_another_seed_gives_other_networks(semi: World):
     assert not torch.equal(*second)
 
 
+def test_a_checkpoint_given_as_its_content_brings_both_networks(semi: World):
+    semi.train("EPLTrainer")
+    content = checkpoint(semi, "EPLTrainer")
+    semi.elsewhere("other").settings(seed=1)
+    built = semi.construct("EPLTrainer")
+    built.load_checkpoint(content)
+    assert_same(content["network_weights"], built.network.state_dict())
+    assert_same(content["dgplugins"]["second_network"], built.second_network.state_dict())
+
+
 def test_a_checkpoint_without_the_second_network_cannot_go_on(semi: World):
     semi.train("EPLTrainer")
     path = semi.model("EPLTrainer") / "fold_0" / "checkpoint_final.pth"

@@ -11,14 +11,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import World
+from resuming import assert_same
 from tiny_dataset import ENDING
 
+from nnunet_dgplugins.budget import Budget, train_or_continue
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.doubt import FILE
 from nnunet_dgplugins.files import read_json
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint, write_checkpoint
 from nnunet_dgplugins.trainers.doubt import write_doubt
+from nnunet_dgplugins.trainers.epl import EPLTrainer
 from nnunet_dgplugins.trainers.second_network import case_disagreement, export_second
 
 
@@ -60,6 +63,35 @@ def test_the_command_writes_the_fold_later_and_doctor_mentions_it(semi: World):
     assert check["state"] == "note"
     with pytest.raises(UserError, match="holds no second network"):
         export_second(model, 100)
+
+
+def test_a_fold_trained_anew_replaces_the_second_network_that_was_exported_before(semi: World):
+    semi.train("EPLTrainer")
+    export_second(semi.model("EPLTrainer"), 0)
+    path = semi.model("EPLTrainer") / "fold_100" / "checkpoint_final.pth"
+    content = read_checkpoint(path)
+    old = {name: torch.zeros_like(value) for name, value in content["network_weights"].items()}
+    write_checkpoint(path, {**content, "network_weights": old})
+    trainer = semi.train("EPLTrainer")
+    assert_same(dict(trainer.second_network.state_dict()), dict(read_checkpoint(path)["network_weights"]))
+
+
+def test_an_export_that_a_kill_prevented_is_made_up_by_the_budget(semi: World, monkeypatch: pytest.MonkeyPatch):
+    semi.settings(export_second=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(EPLTrainer, "after_training", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_or_continue(semi.construct("EPLTrainer"), Budget(epochs=1))
+    assert (semi.model("EPLTrainer") / "fold_0" / "checkpoint_final.pth").is_file()
+    again = semi.construct("EPLTrainer")
+    again.perform_actual_validation = lambda save_probabilities: None
+    assert train_or_continue(again, Budget(epochs=1)) == 0
+    second = read_checkpoint(semi.model("EPLTrainer") / "fold_100" / "checkpoint_final.pth")["network_weights"]
+    assert_same(dict(again.second_network.state_dict()), dict(second))
+
+
+def killed(trainer: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def predicted(world: World) -> Path:
