@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.folds import without_masks
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, dataset_name, read_json
 from nnunet_dgplugins.registry import TRAINERS
@@ -28,14 +29,16 @@ def advise(dataset: int | str) -> dict[str, Any]:
     content = read_json(source / "dataset.json")
     table = CaseTable.from_dataset_json(content, str(source / "dataset.json"))
     training = int(content.get("numTraining", 0))
-    mixed = _foreign_sites(raw, content["file_ending"], table)
+    names = _training_cases(raw, preprocessed, content["file_ending"])
+    mixed = _foreign_sites(names, table)
+    hidden = len(without_masks(names, table))
     return {
         "dataset": name,
         "cases": training,
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
-        "trainers": [_fit(info.name, table, mixed) for info in TRAINERS.values()],
-        "next": _next(name, number, preprocessed, table),
+        "trainers": [_fit(info.name, table, mixed, hidden) for info in TRAINERS.values()],
+        "next": _next(name, number, preprocessed, hidden),
     }
 
 
@@ -63,16 +66,22 @@ def _facts(content: dict[str, Any], table: CaseTable | None) -> list[str]:
     return facts
 
 
-def _foreign_sites(raw: Path, ending: str, table: CaseTable | None) -> list[str]:
+def _training_cases(raw: Path, preprocessed: Path, ending: str) -> set[str]:
+    """Return the cases of imagesTr; where the raw folder is gone, those of the preprocessed copy."""
+    if (raw / "imagesTr").is_dir():
+        return {p.name[: -len(ending) - 5] for p in (raw / "imagesTr").glob(f"*{ending}")}
+    return {p.name[: -len(ending)] for p in (preprocessed / "gt_segmentations").glob(f"*{ending}")}
+
+
+def _foreign_sites(names: set[str], table: CaseTable | None) -> list[str]:
     """Return sites of imagesTr that are not the source: planning has seen them, though folds leave them out."""
     if table is None or not table.sources:
         return []
-    names = {p.name[: -len(ending) - 5] for p in (raw / "imagesTr").glob(f"*{ending}")}
     sites = {table.site_of(name) for name in names} - {None}
     return sorted(str(site) for site in sites if site not in table.sources)
 
 
-def _fit(name: str, table: CaseTable | None, mixed: list[str]) -> dict[str, Any]:
+def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int) -> dict[str, Any]:
     """Say whether a trainer that learns from masks fits, and why."""
     why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
     labelled = table is None or any(case.labelled for case in table.cases.values())
@@ -96,7 +105,6 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str]) -> dict[str, Any]
     else:
         why.append("Works; its strength shows on sites that training has not seen.")
     if name == "EPLTrainer":
-        hidden = 0 if table is None else sum(not case.labelled for case in table.cases.values())
         why.append(
             f"{hidden} cases without masks teach it too: what the method is made for."
             if hidden
@@ -107,7 +115,7 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str]) -> dict[str, Any]
     return {"name": name, "fits": True, "why": why}
 
 
-def _next(name: str, number: int, preprocessed: Path, table: CaseTable | None) -> list[str]:
+def _next(name: str, number: int, preprocessed: Path, hidden: int) -> list[str]:
     if not (preprocessed / "nnUNetPlans.json").is_file():
         return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
     results = Path(os.environ.get(RESULTS, "")) / name
@@ -116,8 +124,7 @@ def _next(name: str, number: int, preprocessed: Path, table: CaseTable | None) -
         if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
     ]  # fmt: skip
     if not trained:
-        unlabelled = table is not None and any(not case.labelled for case in table.cases.values())
-        return [f"nnUNetv2_train {number} 2d 0 -tr {'EPLTrainer' if unlabelled else 'DeSAMTrainer'}"]
+        return [f"nnUNetv2_train {number} 2d 0 -tr {'EPLTrainer' if hidden else 'DeSAMTrainer'}"]
     folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
     return [
         f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {trained[0]}",
