@@ -245,7 +245,7 @@ class EPLSettings(TrainingSettings):
         choices=("auto", "published", "batched"),
     )
     channels_last: bool | None = setting(
-        None, "Keep a pixel's channels side by side in memory; null: in 2d, where it is quicker."
+        None, "Keep a pixel's channels side by side in memory: true, false, or null: in 2d only."
     )
     export_second: bool = setting(
         False,

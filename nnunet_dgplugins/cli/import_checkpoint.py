@@ -21,6 +21,11 @@ def command(
     checkpoint: Path, dataset: str, trainer: str, plans: str, configuration: str, fold: int, overwrite: bool
 ) -> None:
     """Make a model folder from an official DeSAM CHECKPOINT (desam_model_best.pth), ready for nnUNetv2_predict."""
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.registry import TRAINERS
+
+    if (method := TRAINERS[trainer].method) != "DeSAM":
+        raise UserError(f"{method} models cannot be imported yet; official checkpoints of DeSAM can.")
     from nnunet_dgplugins.trainers.deployed import import_desam
 
     folder = import_desam(checkpoint, dataset, trainer, plans, configuration, fold, overwrite)

@@ -66,8 +66,8 @@ def read_doubt(predictions: Path) -> list[Doubt]:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file, so nothing is known of the method's doubt. Give `dgplugins evaluate` the model "
-            "folder of a DeSAM trainer (--model FOLDER, and --images DIR if these are not the cases of imagesTs): it "
-            "then writes the file first."
+            "folder of a trainer of this package (--model FOLDER, and --images DIR if these are not the cases of "
+            "imagesTs): it then writes the file first."
         )
     content = read_json(path)
     problems = list(_problems(content, path))

@@ -75,3 +75,11 @@ def test_an_error_of_the_user_is_one_message_and_exit_code_1(nnunet_folders, cap
     text = capsys.readouterr().err
     assert text.startswith("Error: No Dataset999_*")
     assert "Traceback" not in text
+
+
+def test_models_of_epl_are_refused_by_name_where_checkpoints_are_imported(tmp_path: Path):
+    (tmp_path / "model.pth").touch()
+    done = CliRunner().invoke(
+        cli, ["import-checkpoint", str(tmp_path / "model.pth"), "--dataset", "501", "-tr", "EPLTrainer"]
+    )
+    assert str(done.exception).startswith("EPL models cannot be imported yet")
