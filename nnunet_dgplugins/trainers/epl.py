@@ -145,7 +145,7 @@ class EPLTrainer(DGTrainer):
             self.enable_deep_supervision,
         ).to(self.device)
         if self.settings.start_weights and Path(self.settings.start_weights).is_file():
-            self._load_start_weights()
+            self._load_start_weights(self.settings.start_weights)
         self.optimizer.add_param_group({"params": list(self.second_network.parameters())})
         self.memory_format = self._memory_format()
         self.passes = self._forwards()
@@ -157,11 +157,11 @@ class EPLTrainer(DGTrainer):
             f"{self.configuration_manager.batch_size} patches: on a full GPU lower unlabelled_batch_size first."
         )
 
-    def _load_start_weights(self) -> None:
+    def _load_start_weights(self, path: str) -> None:
         from nnunet_dgplugins.methods.epl.checkpoint import load_start_weights
 
         for network in self.networks():
-            self.print_to_log_file(f"Start weights: {load_start_weights(network, self.settings.start_weights)}")
+            self.print_to_log_file(f"Start weights: {load_start_weights(network, path)}")
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()
