@@ -48,14 +48,17 @@ class World:
         return self
 
     def settings(self, **values: Any) -> None:
-        """Write the trial file that the trainers read: quick values with these over them, where a trainer has them."""
+        """Write the trial file that the trainers read: quick values with these over them.
+
+        A trainer gets those that it has, and those that no trainer has, so that it can refuse them.
+        """
         quick = {"DeSAMTrainer": QUICK, "DeSAMGridTrainer": QUICK_GRID, "EPLTrainer": QUICK_EPL}
         known = {name: settings_class(TRAINERS[name].settings).__dataclass_fields__ for name in quick}
-        assert all(any(key in fields for fields in known.values()) for key in values), values
+        strange = {key for key in values if not any(key in fields for fields in known.values())}
         write_json(
             self.root / "settings.json",
             {
-                name: {**chosen, **{key: value for key, value in values.items() if key in known[name]}}
+                name: {**chosen, **{key: value for key, value in values.items() if key in {*known[name], *strange}}}
                 for name, chosen in quick.items()
             },
         )
