@@ -51,6 +51,8 @@ def test_every_test_of_the_features_is_in_the_table(method: str):
     names = set(re.findall(r"^def (test_\w+)\(", (HERE / f"test_{method}_features.py").read_text(), re.MULTILINE))
     assert names - {name for row in ROWS for name in named(row)} <= {
         "test_continuing_without_a_checkpoint_starts_as_a_fresh_run_would",
+        "test_a_training_begins_with_its_start_weights_or_not_at_all_and_goes_on_without_the_file",
+        "test_pretrained_weights_win_over_start_weights",
         "test_start_weights_reach_both_networks_and_what_fits_is_said",
         "test_deeplab_trains_and_is_rebuilt_by_the_predictor_from_the_plans",
         "test_deeplab_in_3d_and_a_batch_of_one_are_refused",
