@@ -71,8 +71,8 @@ def command(
         raise UserError(f"{source}: no configuration '{configuration}', only {', '.join(content['configurations'])}.")
     if batch_size is not None:
         content["configurations"][configuration]["batch_size"] = batch_size
+    content["plans_name"] = output
     if batch_size is not None and not asked:
-        content["plans_name"] = output
         write_json(folder / f"{output}.json", content)
         click.echo(f"Wrote {folder / output}.json: {configuration} with batches of {batch_size}")
         click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -p {output}")
@@ -83,7 +83,6 @@ def command(
     resolved = settings.build(
         cls, settings.configuration_block(content, configuration, trainer), f"{trainer}, {output}"
     )
-    content["plans_name"] = output
     write_json(folder / f"{output}.json", content)
     click.echo(f"Wrote {folder / output}.json: {trainer} on {configuration} with {block}")
     click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -tr {trainer} -p {output}")

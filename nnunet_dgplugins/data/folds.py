@@ -69,11 +69,16 @@ def trainable(names: list[str], table: CaseTable | None) -> list[str]:
     return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
 
 
+def is_labelled(table: CaseTable | None, name: str) -> bool:
+    """Return whether a case has masks; one that the table does not list has."""
+    return table is None or name not in table.cases or table.cases[name].labelled
+
+
 def without_masks(names: Iterable[str], table: CaseTable | None) -> list[str]:
     """Return the unlabelled cases of the source sites; every unlabelled case where no source is named."""
     if table is None:
         return []
-    hidden = [name for name in names if name in table.cases and not table.cases[name].labelled]
+    hidden = [name for name in names if not is_labelled(table, name)]
     return [name for name in hidden if not table.sources or table.site_of(name) in table.sources]
 
 

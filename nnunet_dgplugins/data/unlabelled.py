@@ -48,11 +48,6 @@ def unlabelled_cases(
     ]
 
 
-def is_labelled(table: CaseTable | None, name: str) -> bool:
-    """Return whether a case has masks; one that the table does not list has."""
-    return table is None or name not in table.cases or table.cases[name].labelled
-
-
 class WithoutLabels:
     """Shows a transform where the image was outside of its non-zero region (-1), and no label value.
 

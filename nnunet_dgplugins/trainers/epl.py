@@ -12,11 +12,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.augmentation import without_timing
+from nnunet_dgplugins.data.folds import is_labelled
 from nnunet_dgplugins.data.unlabelled import (
     LabelledAndUnlabelled,
     UnlabelledLoader,
     in_background,
-    is_labelled,
     unlabelled_cases,
 )
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
