@@ -183,6 +183,13 @@ class EPLSettings(TrainingSettings):
     start_weights: str | None = setting(
         None, "File of ImageNet weights (resnet50_v1c.pth) that both DeepLabV3+ start from.", "released code"
     )
+    input_scaling: str = setting(
+        "none",
+        "What DeepLabV3+ does to each patch first. percentiles: cut at 0.5 and 99.5, then 0 to 1. maximum: divided by "
+        "it. none: nnU-Net's normalisation is enough.",
+        "released code: percentiles (M&Ms), maximum (SCGM)",
+        choices=("none", "percentiles", "maximum"),
+    )
     supervised_loss: str = setting(
         "nnunet",
         "On labelled patches. nnunet: Dice and cross-entropy with deep supervision. published: sum of the Dice losses "

@@ -8,28 +8,47 @@ import click
 
 from nnunet_dgplugins.cli.options import configuration_option, plans_option, trainer_option
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 @click.command("import-checkpoint")
-@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--dataset", required=True, help="Planned dataset whose geometry and label the model takes over.")
+@click.argument("checkpoint", type=_FILE)
+@click.option("--dataset", required=True, help="Planned dataset whose geometry and labels the model takes over.")
 @trainer_option
 @plans_option
 @configuration_option
 @click.option("--fold", type=int, default=0, show_default=True, help="Fold folder to write.")
+@click.option("--second", type=_FILE, help="EPL: the other of the two released networks.")
+@click.option("--spacing", type=click.FloatRange(min=0, min_open=True), help="EPL: in-plane spacing in mm.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there.")
 def command(
-    checkpoint: Path, dataset: str, trainer: str, plans: str, configuration: str, fold: int, overwrite: bool
+    checkpoint: Path,
+    dataset: str,
+    trainer: str,
+    plans: str,
+    configuration: str,
+    fold: int,
+    second: Path | None,
+    spacing: float | None,
+    overwrite: bool,
 ) -> None:
-    """Make a model folder from an official DeSAM CHECKPOINT (desam_model_best.pth), ready for nnUNetv2_predict."""
-    from nnunet_dgplugins.errors import UserError
+    """Make a model folder from an official CHECKPOINT, ready for nnUNetv2_predict.
+
+    CHECKPOINT is desam_model_best.pth of DeSAM, or one of EPL's two networks, saved as a state dict.
+    """
     from nnunet_dgplugins.registry import TRAINERS
+    from nnunet_dgplugins.trainers.imported import Destination, import_desam, import_epl
 
-    if (method := TRAINERS[trainer].method) != "DeSAM":
-        raise UserError(f"{method} models cannot be imported yet; official checkpoints of DeSAM can.")
-    from nnunet_dgplugins.trainers.deployed import import_desam
-
-    folder = import_desam(checkpoint, dataset, trainer, plans, configuration, fold, overwrite)
+    to = Destination(dataset, trainer, plans, configuration, fold, overwrite)
+    if TRAINERS[trainer].method == "EPL":
+        folder = import_epl(checkpoint, second, to, spacing)
+    elif second or spacing:
+        raise click.UsageError("--second and --spacing are for EPL's released networks (-tr EPLTrainer).")
+    else:
+        folder = import_desam(checkpoint, to)
     click.echo(f"Made {folder}")
     click.echo(
         f"Predict: nnUNetv2_predict -d {dataset} -i IMAGES -o OUT -c {configuration} -p {plans} -f {fold} -tr {trainer}"
     )
+    if second:
+        click.echo(f"Both networks: dgplugins second-fold {folder} -f {fold}, then predict with -f {fold} {100 + fold}")

@@ -26,7 +26,7 @@ COMMANDS = {
     "study": "Every method x source x target x seed from one file, resumable.",
     "bundle": "Put the frozen SAM weights into a trained model.",
     "second-fold": "Write network 2 of an EPL model as a fold, so that both are averaged.",
-    "import-checkpoint": "Make a model folder from an official DeSAM checkpoint.",
+    "import-checkpoint": "Make a model folder from an official checkpoint of DeSAM or EPL.",
 }
 
 

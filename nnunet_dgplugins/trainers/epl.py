@@ -84,8 +84,8 @@ class EPLTrainer(DGTrainer):
             raise UnsupportedFeature(
                 f"{cls.__name__} has DeepLabV3+ in 2d only: use configuration 2d or network=planned."
             )
-        if resolved.start_weights and resolved.network == "planned":
-            raise UserError(f"{cls.__name__}: start_weights are for network=deeplabv3plus.")
+        if resolved.network == "planned" and (resolved.start_weights or resolved.input_scaling != "none"):
+            raise UserError(f"{cls.__name__}: start_weights and input_scaling are for network=deeplabv3plus.")
         return resolved
 
     def __init__(
@@ -119,7 +119,7 @@ class EPLTrainer(DGTrainer):
         if chosen.network == "deeplabv3plus":
             from nnunet_dgplugins.methods.epl.deeplab import DeepLabV3Plus
 
-            return DeepLabV3Plus(num_input_channels, num_output_channels)
+            return DeepLabV3Plus(num_input_channels, num_output_channels, chosen.input_scaling)
         network: torch.nn.Module = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )

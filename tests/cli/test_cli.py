@@ -77,9 +77,10 @@ def test_an_error_of_the_user_is_one_message_and_exit_code_1(nnunet_folders, cap
     assert "Traceback" not in text
 
 
-def test_models_of_epl_are_refused_by_name_where_checkpoints_are_imported(tmp_path: Path):
+def test_what_only_epl_has_is_a_usage_error_where_desam_is_imported(tmp_path: Path):
     (tmp_path / "model.pth").touch()
     done = CliRunner().invoke(
-        cli, ["import-checkpoint", str(tmp_path / "model.pth"), "--dataset", "501", "-tr", "EPLTrainer"]
+        cli, ["import-checkpoint", str(tmp_path / "model.pth"), "--dataset", "501", "--spacing", "1.1"]
     )
-    assert str(done.exception).startswith("EPL models cannot be imported yet")
+    assert done.exit_code == 2
+    assert "EPLTrainer" in done.output

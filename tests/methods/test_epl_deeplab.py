@@ -130,12 +130,23 @@ def test_a_released_model_as_a_state_dict_is_loaded_whole(network, tmp_path, pre
         torch.testing.assert_close(found.eval()(x), network.eval()(x))
 
 
-def test_the_background_moves_from_the_last_class_to_the_first(network):
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [({"LV": 1, "MYO": 2, "RV": 3}, [3, 0, 1, 2]), ({"rv": 1, "myo": 2, "lv": 3}, [3, 2, 1, 0])],
+    ids=["M&Ms", "ACDC"],
+)
+def test_classes_move_to_the_datasets_values_and_the_background_from_last_to_first(network, labels, order):
     found = fresh()
-    checkpoint.load_matching(found, checkpoint.background_first(network.state_dict()))
+    checkpoint.load_matching(found, checkpoint.in_label_order(network.state_dict(), labels))
     x = torch.randn(1, 1, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(found.eval()(x), network.eval()(x)[:, [3, 0, 1, 2]])
+        torch.testing.assert_close(found.eval()(x), network.eval()(x)[:, order])
+
+
+@pytest.mark.parametrize("labels", [{"LV": 1, "MYO": 2}, {"LV": 1, "MYO": 2, "aorta": 3}, {"LV": 1, "MYO": 2, "RV": 4}])
+def test_other_classes_than_the_released_ones_are_refused(network, labels):
+    with pytest.raises(ValueError, match="instead of LV, MYO, RV"):
+        checkpoint.in_label_order(network.state_dict(), labels)
 
 
 def test_another_number_of_classes_leaves_the_classifier_and_names_it(network):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from nnunet_dgplugins.methods.epl.styles import MODES, fourier_version
+from nnunet_dgplugins.methods.epl.styles import MODES, fourier_version, unit_range
 from nnunet_dgplugins.methods.spectral import window_swap
 
 
@@ -70,3 +71,21 @@ def test_the_result_is_float32_under_autocast_and_for_half_precision():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="window_swap"):
         fourier_version(*pair(), mode="swap")
+
+
+def test_the_released_scalings_are_those_of_numpy_per_image():
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(3, 1, 40, 50, generator=generator) * torch.tensor([1.0, 40, 900]).view(3, 1, 1, 1) + 7
+    low, high = np.percentile(images.flatten(1), (0.5, 99.5), axis=1, method="nearest")
+    wanted = np.stack([np.clip((x - a) / (b - a), 0, 1) for x, a, b in zip(images.numpy(), low, high, strict=True)])
+    np.testing.assert_allclose(unit_range(images, "percentiles").numpy(), wanted, rtol=0, atol=1e-5)
+    divided = unit_range(images, "maximum")
+    np.testing.assert_allclose(divided.numpy(), images.numpy() / images.amax((1, 2, 3)).view(3, 1, 1, 1).numpy())
+    assert unit_range(images, "none") is images
+    with pytest.raises(ValueError, match="one of"):
+        unit_range(images, "minimum")
+
+
+@pytest.mark.parametrize("scaling", ["percentiles", "maximum"])
+def test_a_constant_image_stays_finite_under_the_released_scalings(scaling):
+    assert torch.isfinite(unit_range(torch.zeros(2, 1, 8, 8), scaling)).all()

@@ -16,7 +16,8 @@ from tiny_dataset import Recipe
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json
 from nnunet_dgplugins.sam.weights import load_parts
-from nnunet_dgplugins.trainers.deployed import bundle, import_desam
+from nnunet_dgplugins.trainers.deployed import bundle
+from nnunet_dgplugins.trainers.imported import Destination, import_desam
 
 TRAINERS = ("DeSAMTrainer", "DeSAMGridTrainer")
 both = pytest.mark.parametrize("trainer", TRAINERS)
@@ -214,7 +215,7 @@ def test_an_imported_official_checkpoint_predicts_the_same(world: World, trainer
     world.elsewhere("imported")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DGPLUGINS_SAM_DIR")
-        folder = import_desam(path, str(world.number), trainer, "nnUNetPlans", "2d", 0, False)
+        folder = import_desam(path, Destination(str(world.number), trainer, "nnUNetPlans", "2d", 0))
         found = world.predict(folder)
     assert folder == world.model(trainer)
     assert read_json(folder / "plans.json")["configurations"]["2d"]["dgplugins"][trainer]["sam"] == "vit_b"
@@ -225,14 +226,14 @@ def test_an_import_that_the_trial_file_contradicts_is_refused(world: World, sam_
     path, _ = official(world, "DeSAMTrainer")
     world.elsewhere("imported").settings(sam="vit_tiny")
     with pytest.raises(UserError, match=r"DGPLUGINS_SETTINGS asks for sam=vit_tiny, but .* is a vit_b"):
-        import_desam(path, str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0, False)
+        import_desam(path, Destination(str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0))
 
 
 def test_an_import_never_replaces_a_model_unasked(world: World, sam_file: Path):
     path, _ = official(world, "DeSAMTrainer")
     before = weights(world)
     with pytest.raises(UserError, match="--overwrite"):
-        import_desam(path, str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0, False)
+        import_desam(path, Destination(str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0))
     assert weights(world).keys() == before.keys()
 
 
@@ -240,12 +241,12 @@ def test_a_dataset_of_several_classes_cannot_take_an_official_checkpoint(world: 
     path, _ = official(world, "DeSAMTrainer")
     world.elsewhere("imported").use(Recipe("Classes", classes=3)).no_settings()
     with pytest.raises(UserError, match="3 classes; an official DeSAM checkpoint knows one"):
-        import_desam(path, str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0, False)
+        import_desam(path, Destination(str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0))
 
 
 def test_a_pickled_module_is_refused_with_instructions(world: World, sam_file: Path):
     path = world.root / "module.pth"
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(UserError, match=r"could run that code.*state_dict\(\)"):
-        import_desam(path, str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0, False)
+        import_desam(path, Destination(str(world.number), "DeSAMTrainer", "nnUNetPlans", "2d", 0))
     assert not list(world.results.iterdir())

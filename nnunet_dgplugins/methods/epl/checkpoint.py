@@ -14,6 +14,8 @@ from nnunet_dgplugins.methods.safe_loading import read_state_dict
 _BACKBONE = "backbone."
 _STEM = "backbone.conv1.0.weight"
 _CLASSIFIER = ("classifier.weight", "classifier.bias")
+# by the number of output channels; the background is one more channel, the last
+RELEASED_CLASSES = {4: ("LV", "MYO", "RV"), 2: ("GM",)}  # M&Ms, SCGM
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,20 @@ def num_classes(state: Mapping[str, Tensor]) -> int:
     return int(state[_CLASSIFIER[0]].shape[0])
 
 
-def background_first(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with the background as the first class, as nnU-Net counts, instead of the last."""
-    return {key: value.roll(1, 0) if key in _CLASSIFIER else value for key, value in state.items()}
+def in_label_order(state: Mapping[str, Tensor], labels: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the tensors with one class per label value, 0 being the background, which the released code counts last.
+
+    Args:
+        state: a released network.
+        labels: label value by class name, background left out; names as in ``RELEASED_CLASSES``, in any case.
+
+    Raises:
+        ValueError: the names are not those of the released network, or the values not 1 to their number.
+    """
+    released = RELEASED_CLASSES.get(num_classes(state), ())
+    values = {name.upper(): value for name, value in labels.items()}
+    if sorted(values) != sorted(released) or sorted(values.values()) != list(range(1, len(values) + 1)):
+        raise ValueError(f"classes {dict(labels)} instead of {', '.join(released)}")
+    by_value = sorted(released, key=lambda name: values[name])
+    rows = [len(released), *(released.index(name) for name in by_value)]
+    return {key: value[rows] if key in _CLASSIFIER else value for key, value in state.items()}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_dgplugins.methods.epl.styles import unit_range
+
 if TYPE_CHECKING:
     from torchvision.models import ResNet
 
@@ -34,14 +36,17 @@ class DeepLabV3Plus(nn.Module):
     Args:
         in_channels: input channels; published: 1.
         num_classes: output channels K.
+        input_scaling: what is done to each image first, see :func:`~.styles.unit_range`; ``none`` for images that are
+            normalised already.
 
     Example:
         >>> DeepLabV3Plus(in_channels=1, num_classes=4)(torch.zeros(2, 1, 288, 288)).shape  # training mode
         torch.Size([2, 4, 288, 288])
     """
 
-    def __init__(self, in_channels: int, num_classes: int):
+    def __init__(self, in_channels: int, num_classes: int, input_scaling: str = "none"):
         super().__init__()
+        self.input_scaling = input_scaling
         self.backbone = resnet50_v1c(in_channels)
         self.head = Head(low_level_channels=256, high_level_channels=2048)
         self.classifier = nn.Conv2d(WIDTH, num_classes, 1)
@@ -51,7 +56,7 @@ class DeepLabV3Plus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, K, H, W)."""
-        logits = self.classifier(self.head(*_features(self.backbone, x)))
+        logits = self.classifier(self.head(*_features(self.backbone, unit_range(x, self.input_scaling))))
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=True)
 
 

@@ -1,4 +1,4 @@
-"""The Fourier version of an unlabelled image (EPL, Yao et al., AAAI 2022), for images of any intensity scale.
+"""Intensities in EPL (Yao et al., AAAI 2022): the Fourier version of an image of any scale, and the released scaling.
 
 The released code mixes images in [0, 1], where the mean is never negative. nnU-Net's are normalised to mean 0, where
 the zero frequency of one image may point the other way than its partner's. So each image is brought near [0, 1] by its
@@ -14,6 +14,7 @@ from nnunet_dgplugins.methods.spectral import full_mix, window_swap
 
 MODES = ("window_swap", "full_mix")
 PERCENTILES = (0.5, 99.5)
+SCALINGS = ("none", "percentiles", "maximum")
 
 
 @torch.no_grad()
@@ -49,6 +50,28 @@ def fourier_version(
     else:
         mixed = full_mix(own, other, strength)
     return mixed * span + low
+
+
+def unit_range(images: Tensor, scaling: str) -> Tensor:
+    """Return each sample and channel as the released networks expect it.
+
+    Args:
+        images: (B, C, H, W), not normalised.
+        scaling: ``percentiles`` (M&Ms): cut at the 0.5 and 99.5 percentiles, then from 0 to 1; ``maximum`` (SCGM):
+            divided by the maximum; ``none``: unchanged.
+
+    Returns:
+        Same shape; finite for constant images too.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling is one of {SCALINGS}, got {scaling!r}.")
+    if scaling == "none":
+        return images
+    if scaling == "maximum":
+        highest = images.amax((2, 3), keepdim=True)
+        return images / torch.where(highest > 0, highest, 1.0)
+    low, span = _scale(images)
+    return ((images - low) / span).clamp(0, 1)
 
 
 def _scale(images: Tensor) -> tuple[Tensor, Tensor]:
