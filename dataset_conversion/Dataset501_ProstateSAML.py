@@ -42,7 +42,8 @@ FACTS = Facts(
     mapping={0: 0, 1: 1, 2: 1},
     zone_labels={"background": 0, "PZ": 1, "TZ": 2},
     zone_mapping={0: 0, 1: 1, 2: 2},
-    splits=("kfold", "desam"),
+    splits=("kfold", "desam", "labelled"),
+    few_labels=True,
     reference="https://liuquande.github.io/SAML/",
     licence="as the public sources (NCI-ISBI 2013, I2CVB, PROMISE12): research use",
 )

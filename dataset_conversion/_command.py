@@ -12,6 +12,13 @@ import click
 
 from dataset_conversion._facts import Facts, ListCases, Request
 
+_SPLITS = {
+    "kfold": "five folds by patient",
+    "labelled": "one fold that trains on every labelled case and validates on the same",
+    "desam": "one fold, the first 90 % of the cases train",
+    "published": "one fold, first 20 % test, next 10 % validate, last 70 % train",
+}
+
 
 def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Callable[..., Any]) -> click.Command:
     """Return the click command of a converter.
@@ -52,12 +59,11 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         options.append(click.option("--zones", type=zones, default="merge", show_default=True, help=text))
     if len(facts.splits) > 1:
         choice = click.Choice(list(facts.splits))
-        text = "How source cases validate: five folds by patient, or as published."
+        text = "; ".join(f"{name}: {_SPLITS[name]}" for name in facts.splits)
         default = facts.splits[0]
         if facts.few_labels:
-            text = "Five folds by patient, or one fold that trains on every labelled case and validates on the same."
-            default += f"; {facts.splits[1]} where --ratio or --labelled is given"
-        options.append(click.option("--split", type=choice, help=f"{text} [default: {default}]"))
+            default += "; labelled where --ratio or --labelled is given"
+        options.append(click.option("--split", type=choice, help=f"{text}. [default: {default}]"))
 
     def callback(copy: bool, **options: Any) -> None:
         if not options["sources"] and not options["targets"]:

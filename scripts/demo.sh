@@ -1,28 +1,43 @@
 #!/usr/bin/env bash
-# The main job from start to end: a multi-site prostate download becomes an nnU-Net dataset, DeSAM and stock nnU-Net
-# train on one site for equal time, predict the five unseen sites and are compared there.
+# The main job from start to end: a multi-site prostate download becomes an nnU-Net dataset, a method of this package
+# and stock nnU-Net train alike, predict sites they have not seen, and are compared there.
 #
-#   bash scripts/demo.sh                 a generated six-site phantom, about 12 minutes on 2 cores after installation
-#   bash scripts/demo.sh --data DIR      the real download (SAML layout), same steps
+#   bash scripts/demo.sh                 DeSAM on a generated six-site phantom: one site trains, equal time for both;
+#                                        about 12 minutes on 2 cores after installation
+#   bash scripts/demo.sh epl             EPL on the same phantom: five sites train, one labelled patient each, equal
+#                                        labelled samples for both
+#   bash scripts/demo.sh ... --data DIR  the real download (SAML layout), same steps
 #
-# Options: --data DIR  --source SITE (RUNMC)  --out DIR (demo_output)  --device cpu|cuda (cuda if there is one)
+# Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; epl: demo_output_epl)
+#          --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (60; 5000 with --data)
 # Killed or stopped? Run it again: finished steps are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data="" source_site=RUNMC out=demo_output device=""
+method=desam
+case "${1:-}" in desam | epl) method="$1"; shift ;; esac
+data="" site="" steps="" out="" device=""
 while [ $# -gt 0 ]; do
-  case "$1" in
-    --data) data="$2"; shift 2 ;;
-    --source) source_site="$2"; shift 2 ;;
-    --out) out="$2"; shift 2 ;;
-    --device) device="$2"; shift 2 ;;
-    -h | --help) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
-    *) echo "Unknown option $1 (see --help)" >&2; exit 2 ;;
+  case "$1 $method" in
+    --data\ *) data="$2"; shift 2 ;;
+    "--source desam" | "--target epl") site="$2"; shift 2 ;;
+    "--steps epl") steps="$2"; shift 2 ;;
+    --out\ *) out="$2"; shift 2 ;;
+    --device\ *) device="$2"; shift 2 ;;
+    -h\ * | --help\ *) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
 if [ -n "$data" ] && [ ! -d "$data" ]; then echo "--data $data: no such folder" >&2; exit 2; fi
 [ -z "$data" ] || data="$(cd "$data" && pwd)"
+if [ "$method" = desam ]; then
+  out="${out:-demo_output}" site="${site:-RUNMC}" trainer=DeSAMTrainer id=501
+  dataset="Dataset501_ProstateSAML_$site" convert=(--source "$site")
+else
+  out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=509
+  dataset="Dataset509_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
+  [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=60; }
+fi
 
 . scripts/install.sh
 started=$SECONDS
@@ -35,7 +50,7 @@ export nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
 [ -n "$device" ] || device="$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')"
 
 # the marks of finished steps belong to these options: other options in the same folder are refused, not mixed
-options="data=$data source=$source_site device=$device"
+options="$method data=$data site=$site steps=$steps device=$device"
 if [ -e "$out/options" ] && [ "$(cat "$out/options")" != "$options" ]; then
   echo "$out was made with $(cat "$out/options"); now $options. Give another --out, or remove the folder." >&2; exit 2
 fi
@@ -56,26 +71,31 @@ if [ -z "$data" ]; then
   data="$out/download"
   step phantom python -m nnunet_dgplugins.phantom "$data"
 fi
-step convert dgplugins convert prostate-saml "$data" --id 501 --source "$source_site"
+step convert dgplugins convert prostate-saml "$data" --id "$id" "${convert[@]}"
 # planning splits its work over processes of its own and needs at least one augmentation worker set
-step plan env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d 501 -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar
-dataset="Dataset501_ProstateSAML_$source_site"
+step plan env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d "$id" -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar
 images="$nnUNet_raw/$dataset/imagesTs"
 
-if [ "$data" = "$out/download" ] && [ -z "${DGPLUGINS_SETTINGS:-}" ]; then
-  # few patients of one scanner: augmented views, and an organ keeps its size in mm (the sites show 137 to 192 mm);
-  # 8 epochs of five views instead of the paper's 50 of one; the same in studies/encoders.yaml
-  export DGPLUGINS_SETTINGS="$out/settings.yaml"
-  echo "DeSAMTrainer: {epochs: 8, augmented_views: 4, field_of_view: source}" > "$DGPLUGINS_SETTINGS"
+if [ "$method" = desam ]; then
+  if [ "$data" = "$out/download" ] && [ -z "${DGPLUGINS_SETTINGS:-}" ]; then
+    # few patients of one scanner: augmented views, and an organ keeps its size in mm (the sites show 137 to 192 mm);
+    # 8 epochs of five views instead of the paper's 50 of one; the same in studies/encoders.yaml
+    export DGPLUGINS_SETTINGS="$out/settings.yaml"
+    echo "DeSAMTrainer: {epochs: 8, augmented_views: 4, field_of_view: source}" > "$DGPLUGINS_SETTINGS"
+  fi
+  step train_desam nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -device "$device"
+  minutes="$(python scripts/demo_table.py minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
+  equal=(--minutes "$minutes")
+else
+  equal=(--iterations "$steps")
+  step train_epl python -m nnunet_dgplugins.budget 509 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 fi
-step train_desam nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -device "$device"
-minutes="$(python scripts/demo_table.py minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
-step train_stock python -m nnunet_dgplugins.budget 501 2d 0 -tr nnUNetTrainer --minutes "$minutes" -device "$device"
+step train_stock python -m nnunet_dgplugins.budget "$id" 2d 0 -tr nnUNetTrainer "${equal[@]}" -device "$device"
 # without mirroring, for both: a quarter of the time
-for trainer in DeSAMTrainer nnUNetTrainer; do
-  step "predict_$trainer" nnUNetv2_predict -d 501 -i "$images" -o "$out/predictions/$trainer" -c 2d -f 0 \
-    -tr "$trainer" -device "$device" -npp 0 -nps 0 --disable_tta
-  step "evaluate_$trainer" dgplugins evaluate 501 "$out/predictions/$trainer" --csv "$out/$trainer.csv"
+for name in "$trainer" nnUNetTrainer; do
+  step "predict_$name" nnUNetv2_predict -d "$id" -i "$images" -o "$out/predictions/$name" -c 2d -f 0 \
+    -tr "$name" -device "$device" -npp 0 -nps 0 --disable_tta
+  step "evaluate_$name" dgplugins evaluate "$id" "$out/predictions/$name" --csv "$out/$name.csv"
 done
-python scripts/demo_table.py table 501 "$out" --minutes "$minutes"
+python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}"
 echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Logs: $out/log"

@@ -38,21 +38,24 @@ def constant(dataset: str, out: Path) -> None:
 @cli.command()
 @click.argument("dataset")
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--minutes", "spent", type=float, required=True, help="Training time of each trainer.")
-def table(dataset: str, out: Path, spent: float) -> None:
+@click.option("-tr", "trainer", required=True, help="The trainer beside stock nnU-Net.")
+@click.option("--minutes", type=float, help="Training time of each trainer.")
+@click.option("--iterations", type=int, help="Training steps of each trainer.")
+def table(dataset: str, out: Path, trainer: str, minutes: float | None, iterations: int | None) -> None:
     """Print one table of Dice per unseen site and write one overlay per site."""
     from nnunet_dgplugins.evaluation.baselines import constant_mask
     from nnunet_dgplugins.files import RESULTS, nnunet_folder, read_json
+    from nnunet_dgplugins.registry import TRAINERS
 
     data = Dataset.load(dataset)
     constant = out / "predictions" / "constant mask"
     constant_mask(dataset, constant)
     models = nnunet_folder(RESULTS) / data.name
-    plans = read_json(models / "DeSAMTrainer__nnUNetPlans__2d" / "plans.json")
-    encoder = plans["configurations"]["2d"]["dgplugins"]["DeSAMTrainer"]["sam"]
+    block = read_json(models / f"{trainer}__nnUNetPlans__2d" / "plans.json")["configurations"]["2d"]["dgplugins"]
+    chosen, method = block[trainer], TRAINERS[trainer].method
     rows = []
     for label, name in (
-        (f"DeSAM ({encoder})", "DeSAMTrainer"),
+        (f"{method} ({chosen['sam']})" if "sam" in chosen else method, trainer),
         ("stock nnU-Net", "nnUNetTrainer"),
         ("constant mask", "constant mask"),
     ):
@@ -62,8 +65,8 @@ def table(dataset: str, out: Path, spent: float) -> None:
         if fold.is_dir():
             source = mean_dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True).table)
         rows.append((label, source, result))
-    _print(data, rows, spent)
-    _overlays(rows[0][2], out / "overlays")
+    _print(data, rows, f"{minutes:.1f} min each" if minutes else f"{iterations} steps each")
+    _overlays(rows[0][2], method, out / "overlays")
 
 
 def training_minutes(fold: Path) -> float:
@@ -81,13 +84,13 @@ def mean_dice(table: pandas.DataFrame, site: str | None = None) -> float:
     return float((found if site is None else found[found["site"] == site])["value"].mean())
 
 
-def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spent: float) -> None:
+def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spent: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     sites = sorted(set(rows[0][2].table["site"]))
     source = ", ".join(data.table.sources)
-    shown = Table(title=f"Dice, mean over cases; trained on {source} only, {spent:.1f} min each", title_justify="left")
+    shown = Table(title=f"Dice, mean over cases; trained on {source} only, {spent}", title_justify="left")
     for heading in ("", f"{source} (validation)", *sites, "mean unseen"):
         shown.add_column(heading, justify="left" if not heading else "right")
     for label, validation, result in rows:
@@ -97,7 +100,7 @@ def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spen
     Console(width=120).print(shown)
 
 
-def _overlays(result: Evaluation, folder: Path) -> None:
+def _overlays(result: Evaluation, method: str, folder: Path) -> None:
     """One picture per site: the case of median Dice."""
     from nnunet_dgplugins.evaluation.overlay import overlay_png
 
@@ -113,7 +116,7 @@ def _overlays(result: Evaluation, folder: Path) -> None:
             folder / f"{site}.png",
             f"{site}: {case}, Dice {value:.2f} (median of the site)",
         )
-    click.echo(f"Overlays (truth and DeSAM, median case of each site): {folder}")
+    click.echo(f"Overlays (truth and {method}, median case of each site): {folder}")
 
 
 if __name__ == "__main__":

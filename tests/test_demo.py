@@ -8,26 +8,60 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_dgplugins.files import read_json
+
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = ("BIDMC", "BMC", "HK", "I2CVB", "UCL")
+
+
+def run(
+    tmp_path: Path, settings: str, *options: str
+) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """Run the demo twice with these trial settings."""
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/demo.sh would install .venv; scripts/test.sh has made one where this test counts")
+    few = tmp_path / "few.yaml"
+    few.write_text(settings)
+    command = ["bash", str(ROOT / "scripts" / "demo.sh"), *options, "--out", str(tmp_path / "demo"), "--device", "cpu"]
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment = {**kept, "DGPLUGINS_SETTINGS": str(few), "COLUMNS": "120"}
+    first, again = (
+        subprocess.run(command, capture_output=True, text=True, env=environment, check=False) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done before") >= 8
+    return first, again
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_prints_its_table_and_draws_one_overlay_per_site_and_runs_again_at_once(tmp_path: Path):
-    if not (ROOT / ".venv" / "bin" / "python").exists():
-        pytest.skip("scripts/demo.sh would install .venv; scripts/test.sh has made one where this test counts")
-    few = tmp_path / "few.yaml"
-    few.write_text("DeSAMTrainer: {epochs: 3}\n")
-    command = ["bash", str(ROOT / "scripts" / "demo.sh"), "--out", str(tmp_path / "demo"), "--device", "cpu"]
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    environment = {**kept, "DGPLUGINS_SETTINGS": str(few), "COLUMNS": "120"}
-    first = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
+    first, _ = run(tmp_path, "DeSAMTrainer: {epochs: 3}\n")
     for word in ("DeSAM", "stock nnU-Net", "constant mask", "mean unseen", *UNSEEN):
         assert word in first.stdout
     pictures = {path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")}
     assert pictures == set(UNSEEN)
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert again.returncode == 0
-    assert again.stdout.count("done before") >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_of_epl_trains_with_few_labels_and_predicts_the_site_left_out(tmp_path: Path):
+    small = "EPLTrainer: {batch_size: 2, unlabelled_batch_size: 2}\n"
+    first, _ = run(tmp_path, small, "epl", "--steps", "4")
+    assert "4 steps each" in first.stdout
+    for word in ("EPL", "stock nnU-Net", "constant mask", "UCL"):
+        assert word in first.stdout
+    assert [path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")] == ["UCL"]
+    dataset = tmp_path / "demo" / "nnUNet_raw" / "Dataset509_ProstateSAML_without_UCL"
+    cases = read_json(dataset / "dataset.json")["dgplugins"]["cases"]
+    assert sum(case["labelled"] for name, case in cases.items() if not name.startswith("UCL")) == 5
+
+
+def test_the_demo_refuses_options_of_the_other_method_before_it_installs_anything():
+    for words in (["epl", "--source", "HK"], ["--steps", "5"], ["epl", "--data", "/nowhere"]):
+        done = subprocess.run(["bash", str(ROOT / "scripts" / "demo.sh"), *words], capture_output=True, text=True,
+                              check=False)  # fmt: skip
+        assert done.returncode == 2
+        assert words[-2] in done.stderr
+        assert not done.stdout

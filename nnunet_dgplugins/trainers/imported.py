@@ -190,7 +190,8 @@ def import_epl(first: Path, second: Path | None, to: Destination, spacing: float
     states, problems = [], []
     if len(flattened(plans, to.configuration)["patch_size"]) != 2:
         problems.append(f"EPL's released networks are 2d; {to.configuration} is not.")
-    for path in (first, second) if second else (first,):
+    paths = [first, second] if second else [first]
+    for path in paths:
         state = read_released(path)
         if (given := in_channels(state)) != (wanted := len(dataset_json["channel_names"])):
             problems.append(f"{path} takes {given} channel(s), {to.dataset} has {wanted}.")
@@ -212,10 +213,10 @@ def import_epl(first: Path, second: Path | None, to: Destination, spacing: float
     chosen = to.settings(plans)
     if any(getattr(chosen, name) != block[name] for name in ("network", "input_scaling")):
         raise UserError(f"{settings.VARIABLE} asks for another network or scaling. Unset {settings.VARIABLE}.")
-    for state, path in zip(states, (first, second), strict=False):
+    for state, source in zip(states, paths, strict=True):
         if not (loaded := load_matching(DeepLabV3Plus(1, classes), state)).complete:
-            raise UserError(f"{path}: not the whole released network: {loaded}")
-        print(f"{path}: {loaded}")
+            raise UserError(f"{source}: not the whole released network: {loaded}")
+        print(f"{source}: {loaded}")
     to.check_folds(plans)
     built = to.build(plans)
     return to.write(built, states[0], {ENTRY: states[1]} if second else None)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from trees import convert as convert_any
 from trees import image, label, read, saml, save, verify
 
-from dataset_conversion import Dataset501_ProstateSAML, Dataset507_MnMs
+from dataset_conversion import Dataset501_ProstateSAML, Dataset502_ProstateMaxStyle, Dataset507_MnMs
 from dataset_conversion import Dataset514_SimulatedVendors as module
 from dataset_conversion._facts import Request, SourceCase
 from dataset_conversion._labelled import choose, count, groups
@@ -139,11 +139,22 @@ def test_a_whole_patient_can_be_left_out(vendors: Path) -> None:
     assert {path.name.split("_")[1] for path in (out / "labelsTr").iterdir()} == {"patient002", "patient003"}
 
 
-def test_converters_of_masks_only_can_leave_one_site_out(tmp_path: Path, nnunet_folders: Path) -> None:
-    out = convert_any(Dataset501_ProstateSAML, saml(tmp_path / "in"), sources=(), targets=("HK",))
+def test_the_prostate_sites_have_few_labels_too_and_merged_zones(tmp_path: Path, nnunet_folders: Path) -> None:
+    out = convert_any(Dataset501_ProstateSAML, saml(tmp_path / "in"), sources=(), targets=("HK",), labelled=1)
     assert out.name == "Dataset501_ProstateSAML_without_HK"
-    assert table_of(out).sources == ["RUNMC", "BMC", "I2CVB", "UCL", "BIDMC"]
-    options = [option.opts for option in Dataset501_ProstateSAML.command.params]
+    table = table_of(out)
+    assert table.sources == ["RUNMC", "BMC", "I2CVB", "UCL", "BIDMC"]
+    names = [path.name[:-7] for path in (out / "labelsTr").iterdir()]
+    labelled = [name for name in names if table.cases[name].labelled]
+    assert sorted(table.cases[name].site for name in labelled) == sorted(table.sources)
+    for name in names:
+        assert set(np.unique(read(out / "labelsTr" / f"{name}.nii.gz"))) == ({0, 1} if name in labelled else {2})
+    verify(out)
+
+
+def test_converters_of_masks_only_can_leave_one_site_out() -> None:
+    options = [option.opts for option in Dataset502_ProstateMaxStyle.command.params]
+    assert ["--target"] in options
     assert ["--ratio"] not in options
 
 
