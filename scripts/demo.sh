@@ -34,8 +34,8 @@ if [ "$method" = desam ]; then
   out="${out:-demo_output}" site="${site:-RUNMC}" trainer=DeSAMTrainer id=501
   dataset="Dataset501_ProstateSAML_$site" convert=(--source "$site")
 else
-  out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=509
-  dataset="Dataset509_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
+  out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=517
+  dataset="Dataset517_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
   [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=60; }
 fi
 
@@ -88,7 +88,7 @@ if [ "$method" = desam ]; then
   equal=(--minutes "$minutes")
 else
   equal=(--iterations "$steps")
-  step train_epl python -m nnunet_dgplugins.budget 509 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
+  step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 fi
 step train_stock python -m nnunet_dgplugins.budget "$id" 2d 0 -tr nnUNetTrainer "${equal[@]}" -device "$device"
 # without mirroring, for both: a quarter of the time

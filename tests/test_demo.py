@@ -53,7 +53,7 @@ def test_the_demo_of_epl_trains_with_few_labels_and_predicts_the_site_left_out(t
     for word in ("EPL", "stock nnU-Net", "constant mask", "UCL"):
         assert word in first.stdout
     assert [path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")] == ["UCL"]
-    dataset = tmp_path / "demo" / "nnUNet_raw" / "Dataset509_ProstateSAML_without_UCL"
+    dataset = tmp_path / "demo" / "nnUNet_raw" / "Dataset517_ProstateSAML_without_UCL"
     cases = read_json(dataset / "dataset.json")["dgplugins"]["cases"]
     assert sum(case["labelled"] for name, case in cases.items() if not name.startswith("UCL")) == 5
 

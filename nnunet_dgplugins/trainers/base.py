@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import tempfile
@@ -190,10 +191,14 @@ class DGTrainer(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         with replacing(filename) as temporary:
-            super().save_checkpoint(str(temporary))
-            if extra := self.extra_state():
-                content = torch.load(temporary, map_location="cpu", weights_only=False)  # written in the line above
-                torch.save({**content, settings.KEY: extra}, temporary)
+            if not (extra := self.extra_state()):
+                super().save_checkpoint(str(temporary))
+                return
+            content = io.BytesIO()  # nnU-Net hands its entries to torch.save only
+            super().save_checkpoint(content)  # type: ignore[arg-type]
+            content.seek(0)
+            entries = torch.load(content, map_location="cpu", weights_only=False)  # written in the line above
+            torch.save({**entries, settings.KEY: extra}, temporary)
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a method keeps in its checkpoints beyond nnU-Net's own keys, as tensors and plain values.
