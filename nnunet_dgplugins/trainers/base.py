@@ -195,7 +195,7 @@ class DGTrainer(nnUNetTrainer):
                 super().save_checkpoint(str(temporary))
                 return
             content = io.BytesIO()  # nnU-Net hands its entries to torch.save only
-            super().save_checkpoint(content)  # type: ignore[arg-type]
+            super().save_checkpoint(content)
             content.seek(0)
             entries = torch.load(content, map_location="cpu", weights_only=False)  # written in the line above
             torch.save({**entries, settings.KEY: extra}, temporary)
