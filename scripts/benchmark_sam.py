@@ -322,10 +322,11 @@ def reading_rows(model_name: str = "vit_tiny", batch: int = 8, repeats: int = 5)
 
 def mask_rows(model_name: str = "vit_tiny", steps: int = 120, slices: int = 8) -> list[Row]:
     """Train DeSAM's decoder on real slices and compare its masks from exact and from stored features."""
+    from nnunet_dgplugins.content import content_box
     from nnunet_dgplugins.methods.desam.head import DeSAMHead
     from nnunet_dgplugins.methods.desam.losses import desam_loss
     from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, trainable_parameters
-    from nnunet_dgplugins.sam.preprocess import content_box, resize_target
+    from nnunet_dgplugins.sam.preprocess import resize_target
 
     keep_freed_memory()
     volume, mask, what = real_volume()

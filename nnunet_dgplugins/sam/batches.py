@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_dgplugins.sam.preprocess import Field, content_box, resize_target
+from nnunet_dgplugins.content import Field, content_box
+from nnunet_dgplugins.sam.preprocess import resize_target
 from nnunet_dgplugins.sam.slices import Augment, SliceSet, read_view
 from nnunet_dgplugins.sam.store import EmbeddingStore
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nnunet_dgplugins.content import Field
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import human_bytes, read_json, require_disk, write_json
 from nnunet_dgplugins.sam.codec import BITS, pack, unpack
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel, get_model
-from nnunet_dgplugins.sam.preprocess import Field, check_channels, to_canvas
+from nnunet_dgplugins.sam.preprocess import check_channels, to_canvas
 from nnunet_dgplugins.sam.probe import Change, Probe, change, fixed_probe
 from nnunet_dgplugins.sam.store import EmbeddingStore, Key, slice_hash, store_folder
 from nnunet_dgplugins.sam.weights import weights_hash

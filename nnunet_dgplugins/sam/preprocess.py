@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from nnunet_dgplugins.content import Box, Field, content_box, crop, margins
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.sam.models import SamModel
 
@@ -22,38 +23,6 @@ PREPROCESSING_VERSION = 1
 PERCENTILES = (0.005, 0.995)
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-Box = tuple[int, int, int, int]
-Field = tuple[int, int]
-
-
-def content_box(x: torch.Tensor) -> Box | None:
-    """Return the bounding box of pixels that are non-zero in any channel.
-
-    Args:
-        x: one slice (C, H, W), any type.
-
-    Returns:
-        (top, bottom, left, right), bottom and right exclusive; None for a slice of zeros.
-    """
-    filled = (x != 0).any(dim=0)
-    rows, columns = filled.any(dim=1).nonzero(), filled.any(dim=0).nonzero()
-    if not len(rows):
-        return None
-    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-
-
-def crop(x: torch.Tensor, box: Box | None) -> torch.Tensor:
-    """Return the part of (..., H, W) inside the box, contiguous; all of it without a box."""
-    if box is None:
-        return x.contiguous()
-    top, bottom, left, right = box
-    return x[..., top:bottom, left:right].contiguous()
-
-
-def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int, int]:
-    """Return how far the field reaches beyond content of this size: (left, right, top, bottom), none negative."""
-    rows, columns = (max(0, f - have) for f, have in zip(field or (0, 0), (height, width), strict=True))
-    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
 def check_channels(channels: Sequence[int], available: int, where: str) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nnunet_dgplugins.content import Field, content_box, crop
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import write_bytes
 from nnunet_dgplugins.sam.codec import BITS, Packed, pack, unpack
 from nnunet_dgplugins.sam.models import SamModel
-from nnunet_dgplugins.sam.preprocess import PREPROCESSING_VERSION, Field, content_box, crop
+from nnunet_dgplugins.sam.preprocess import PREPROCESSING_VERSION
 
 FOLDER = "dgplugins_embeddings"
 _MAGIC = b"DGEMBED1"

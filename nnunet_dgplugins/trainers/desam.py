@@ -13,6 +13,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
+from nnunet_dgplugins.content import Field
 from nnunet_dgplugins.data.loaders import LoadBatch, SliceLoader
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
@@ -29,7 +30,6 @@ from nnunet_dgplugins.sam.batches import AugmentedBatches, StoredBatches
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
-from nnunet_dgplugins.sam.preprocess import Field
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
 from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
 from nnunet_dgplugins.sam.store import EmbeddingStore

@@ -1,0 +1,42 @@
+"""The part of a slice that shows something.
+
+nnU-Net's predictor pads a slice with exact zeros up to its patch size. Networks that need whole slices look only at the
+box of non-zero pixels, in training, embedding and prediction alike, so padding never changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+Box = tuple[int, int, int, int]
+Field = tuple[int, int]
+
+
+def content_box(x: torch.Tensor) -> Box | None:
+    """Return the bounding box of pixels that are non-zero in any channel.
+
+    Args:
+        x: one slice (C, H, W), any type.
+
+    Returns:
+        (top, bottom, left, right), bottom and right exclusive; None for a slice of zeros.
+    """
+    filled = (x != 0).any(dim=0)
+    rows, columns = filled.any(dim=1).nonzero(), filled.any(dim=0).nonzero()
+    if not len(rows):
+        return None
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def crop(x: torch.Tensor, box: Box | None) -> torch.Tensor:
+    """Return the part of (..., H, W) inside the box, contiguous; all of it without a box."""
+    if box is None:
+        return x.contiguous()
+    top, bottom, left, right = box
+    return x[..., top:bottom, left:right].contiguous()
+
+
+def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int, int]:
+    """Return how far the field reaches beyond content of this size: (left, right, top, bottom), none negative."""
+    rows, columns = (max(0, f - have) for f, have in zip(field or (0, 0), (height, width), strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
