@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.splits import SEED, SPLITS, check, k_fold
+from nnunet_dgplugins.data.tags import tagged
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import PREPROCESSED, read_json, write_json
 
@@ -32,7 +33,7 @@ def check_fold(dataset: str, fold: int | str) -> None:
 
 
 def load_fold(
-    base: Path, data_folder: Path, fold: int | str, table: CaseTable | None
+    base: Path, data_folder: Path, fold: int | str, table: CaseTable | None, tags: bool = False
 ) -> tuple[list[str], list[str], str]:
     """Return training cases, validation cases and where they come from.
 
@@ -41,21 +42,22 @@ def load_fold(
         data_folder: preprocessed data of one configuration.
         fold: fold number, or ``all`` (train and validate on every labelled case of the source).
         table: case table; unlabelled cases and sites other than the source are left out of ``all`` and of new splits.
+        tags: train on tags: cases with tags take the place of labelled ones.
 
     Raises:
         BadInput: the fold names cases that are not there or not labelled, parts a patient, or has none.
         UserError: too few cases for the default folds.
     """
     present = sorted(path.name[: -len(".pkl")] for path in data_folder.glob("*.pkl"))
-    usable = trainable(present, table)
+    usable = tagged(present, table) if tags else trainable(present, table)
     if fold == "all":
-        return usable, usable, "all labelled cases of the source"
+        return usable, usable, f"all {'tagged' if tags else 'labelled'} cases of the source"
     path = base / SPLITS
     if not path.is_file():
         write_json(path, _default(usable, table))
     check_fold(base.name, fold)
     split = read_json(path)[int(fold)]
-    problems = check([split], table, present, first=int(fold))
+    problems = check([split], table, present, int(fold), tags)
     if problems:
         raise BadInput(f"Fold {fold} of {path} cannot be trained", problems)
     return list(split["train"]), list(split["val"]), str(path)

@@ -104,7 +104,7 @@ def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9
 
 
 def check(
-    splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str], first: int = 0
+    splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str], first: int = 0, tagged: bool = False
 ) -> list[Problem]:
     """Return everything wrong with a list of folds.
 
@@ -113,6 +113,7 @@ def check(
         table: case table, None if the dataset has none.
         known_cases: cases of imagesTr.
         first: number of the first fold of the list.
+        tagged: whether tags are wanted instead of masks, so that cases need those.
     """
     known = set(known_cases)
     problems = []
@@ -124,7 +125,9 @@ def check(
             for name in split.get(side, []):
                 if name not in known:
                     problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{near(name, known)}"))
-                elif table is not None and name in table.cases and not table.cases[name].labelled:
+                elif tagged and (table is None or name not in table.cases or table.cases[name].tags is None):
+                    problems.append(Problem(f"{at}, {side}", f"'{name}' has no tags", "cases with tags only"))
+                elif not tagged and table is not None and name in table.cases and not table.cases[name].labelled:
                     problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
         train, val = set(split.get("train", [])), set(split.get("val", []))
         if split.get(VALIDATES_ON) == TRAINING and train == val:

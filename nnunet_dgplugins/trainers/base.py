@@ -36,6 +36,8 @@ class DGTrainer(nnUNetTrainer):
     settings_class: ClassVar[type[settings.TrainingSettings]] = settings.TrainingSettings
     #: settings that change speed or comfort but not the result; they may differ between runs of one model
     free_settings: ClassVar[frozenset[str]] = frozenset({"keep_freed_memory"})
+    #: whether cases with tags, not cases with masks, train and validate
+    reads_tags: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -147,6 +149,7 @@ class DGTrainer(nnUNetTrainer):
             Path(self.preprocessed_dataset_folder),
             self.fold,
             self.case_table,
+            tags=self.reads_tags,
         )
         self.print_to_log_file(f"Fold {self.fold} of {where}: {len(train)} training, {len(val)} validation cases.")
         return train, val

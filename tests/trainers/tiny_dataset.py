@@ -19,6 +19,7 @@ from nnunet_dgplugins.files import write_json
 
 ENDING = ".nii.gz"
 ROWS, COLUMNS = 36, 40
+TAGGED_VALIDATION = (0, 4)  # validation cases of the two folds of a dataset with tags
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Recipe:
         sagittal: volumes are stored with the slices along x, as sagittal scans are.
         unlabelled: so many of the training cases, the last ones, have no masks: a case table says so, their label files
             hold the ignore label alone, and the two folds list the labelled cases only.
+        tags: cases have slice tags instead of masks: slices of labelsTr are constant at their tag, the case table lists
+            the tags, and the masks of the two folds' validation cases lie in labelsVal.
     """
 
     name: str = "Tiny"
@@ -47,6 +50,7 @@ class Recipe:
     spacing: tuple[float, float, float] = (0.6, 0.6, 3.0)
     sagittal: bool = False
     unlabelled: int = 0
+    tags: bool = False
 
     @property
     def labelled(self) -> int:
@@ -104,6 +108,10 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
             spacing = (spacing[2], spacing[0], spacing[1])
         if recipe.labelled <= number < recipe.cases:
             label = np.full_like(label, recipe.classes + 1)
+        if recipe.tags and side == "Tr":
+            if number in TAGGED_VALIDATION:
+                write_image(folder / "labelsVal" / f"case_{number}{ENDING}", label, spacing)
+            label = np.broadcast_to(label.any((1, 2))[:, None, None], label.shape).astype(np.uint8)
         for channel, values in enumerate(image):
             write_image(folder / f"images{side}" / f"case_{number}_{channel:04d}{ENDING}", values, spacing)
         write_image(folder / f"labels{side}" / f"case_{number}{ENDING}", label, spacing)
@@ -122,6 +130,14 @@ def write_raw(raw: Path, name: str, recipe: Recipe) -> Path:
     }
     if recipe.regions:
         content["regions_class_order"] = [1, 2]
+    if recipe.tags:
+        content["dgplugins"] = _tag_table(recipe).to_dict()
+        names = [f"case_{number}" for number in range(recipe.cases)]
+        folds = [
+            {"train": [n for n in names if n != name], "val": [name]}
+            for name in (f"case_{i}" for i in TAGGED_VALIDATION)
+        ]
+        write_json(folder / "splits_final.json", folds)
     if recipe.unlabelled:
         content["dgplugins"] = _case_table(recipe).to_dict()
         known = [f"case_{number}" for number in range(recipe.labelled)]
@@ -143,6 +159,21 @@ def _case_table(recipe: Recipe) -> CaseTable:
             for number in range(recipe.cases + 2)
         },
         source=list(sites),
+    )
+
+
+def _tag_table(recipe: Recipe) -> CaseTable:
+    return CaseTable(
+        {
+            f"case_{number}": Case(
+                patient=str(number),
+                labelled=number >= recipe.cases,
+                tags=None
+                if number >= recipe.cases
+                else case_arrays(recipe, number)[1].any((1, 2)).astype(int).tolist(),
+            )
+            for number in range(recipe.cases + 2)
+        }
     )
 
 

@@ -43,15 +43,16 @@ def one_graph_at_a_time(
     run: Pass,
     memory_format: torch.memory_format,
     tags: Tensor,
-    **options: float | str,
-) -> Iterator[tuple[Terms, Terms]]:
+    temperature: float,
+    cmer_reduction: str,
+) -> Iterator[Terms]:
     """Yield the terms of each modality with the graph of its own network only.
 
     All networks run once without a graph, which gives what crosses modalities and moves the running statistics; then
     each runs again with its graph. More forward passes, and memory for one network instead of all.
 
     Yields:
-        For each modality: the terms of all (M,), in which only its own entries carry a gradient, and the same detached.
+        For each modality in turn: the terms of all (M,), in which only its own outputs carry a gradient.
     """
     with torch.no_grad():
         known = branches(networks, images, transform, run, memory_format)
@@ -59,8 +60,7 @@ def one_graph_at_a_time(
         with _statistics_kept(network):
             own = branches([network], images[:, i : i + 1], transform, run, memory_format)
         joined = [_replaced(branch, i, mine) for branch, mine in zip(known, own, strict=True)]
-        found = terms(joined[0], joined[1], tags, **options)  # type: ignore[arg-type]
-        yield found, Terms(*(value.detach() for value in (found.ce, found.er, found.kd, found.cmer)))
+        yield terms(joined[0], joined[1], tags, temperature, cmer_reduction)
 
 
 def _present(maps: Tensor) -> Tensor:

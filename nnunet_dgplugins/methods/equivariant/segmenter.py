@@ -1,0 +1,110 @@
+"""All modalities' networks with gate, fusion and threshold, in the form nnU-Net's predictor wants a network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_dgplugins.content import Field, content_box, crop, margins
+from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, Found, foreground_maps, fuse
+from nnunet_dgplugins.methods.equivariant.network import STRIDE, UNetCAM
+
+#: slope of the logit; the predictor adds tiles in half precision, where a slope of 1 would be too coarse
+SLOPE = 20.0
+
+
+class CAMSegmenter(nn.Module):
+    """Segments whole slices: zero padding removed, content in the middle of the field, CAMs, back to the slice.
+
+    Args:
+        modalities: M, the number of input channels.
+        width_divisor: of each network, see :class:`UNetCAM`.
+        field: rows and columns of the frame that every slice stands in, multiples of 8; larger slices have a larger
+            one. The statistics of a slice then always include as much black as in training.
+        threshold: of the fused map, 0 to 1.
+        fusion: ``mean``, ``max`` or the number of a modality.
+        gated: empty the map of a network that calls the slice negative.
+        dropout: before the classifier, in training.
+    """
+
+    threshold: Tensor
+    fusion_code: Tensor
+    gated: Tensor
+
+    def __init__(
+        self,
+        modalities: int,
+        width_divisor: int,
+        field: Field,
+        threshold: float = 0.5,
+        fusion: str | int = "mean",
+        gated: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.field = field
+        self.networks = nn.ModuleList(UNetCAM(width_divisor, dropout=dropout) for _ in range(modalities))
+        # as buffers they travel with the weights: what a model was deployed with is what predicts
+        code = FUSIONS.index(fusion) - len(FUSIONS) if isinstance(fusion, str) else fusion
+        if not -len(FUSIONS) <= code < modalities:
+            raise ValueError(f"fusion {fusion!r} names no modality of {modalities}.")
+        self.register_buffer("threshold", torch.tensor(threshold))
+        self.register_buffer("fusion_code", torch.tensor(code))
+        self.register_buffer("gated", torch.tensor(gated))
+
+    @property
+    def fusion(self) -> str | int:
+        """How the modalities' maps become one."""
+        code = int(self.fusion_code)
+        return FUSIONS[code] if code < 0 else code
+
+    def members(self) -> list[UNetCAM]:
+        """The networks, one per modality."""
+        return [network for network in self.networks if isinstance(network, UNetCAM)]
+
+    def found(self, x: Tensor, kind: str = "cam") -> Found:
+        """Return logits (M, B, 2) and maps (B, M, H, W) of slices (B, M, H, W), zero-padded or not; 0 outside them."""
+        frames, size = [], tuple(x.shape[-2:])
+        boxes = [content_box(item) for item in x]
+        for item, box in zip(x, boxes, strict=True):
+            frames.append(framed(crop(item, box).float(), self.field))
+        maps = x.new_zeros((*x.shape[:2], *size), dtype=torch.float32)
+        logits = torch.empty(x.shape[1], len(x), 2, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            for shape in {frame.shape for frame in frames}:
+                chosen = [index for index, frame in enumerate(frames) if frame.shape == shape]
+                made = foreground_maps(self.members(), torch.stack([frames[index] for index in chosen]), kind)
+                logits[:, chosen] = made.logits
+                for place, index in enumerate(chosen):
+                    top, bottom, left, right = boxes[index] or (0, *size[:1], 0, *size[1:])
+                    maps[index, :, top:bottom, left:right] = unframed(made.maps[place], (bottom - top, right - left))
+        return Found(logits, maps)
+
+    def fused(self, found: Found) -> Tensor:
+        """Return one map per slice (B, H, W), gated and fused as deployed."""
+        return fuse(found.gated() if bool(self.gated) else found.maps, self.fusion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map slices (B, M, H, W) to logits (B, 2, H, W): 0, and 20 * (map - threshold), which wins above it."""
+        present = SLOPE * (self.fused(self.found(x)) - self.threshold)
+        return torch.stack([torch.zeros_like(present), present], 1)
+
+
+def framed(content: Tensor, field: Field) -> Tensor:
+    """Return content (..., h, w) in the middle of a field of zeros; a larger one, of multiples of 8, where it must."""
+    height, width = content.shape[-2:]
+    rows, columns = (
+        max(STRIDE * -(-size // STRIDE), least) for size, least in zip((height, width), field, strict=True)
+    )
+    return F.pad(content, margins(height, width, (rows, columns)))
+
+
+def unframed(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the middle (..., h, w) of a frame, where :func:`framed` put content of that size."""
+    left, _, top, _ = margins(*size, (frame.shape[-2], frame.shape[-1]))
+    return frame[..., top : top + size[0], left : left + size[1]]
+
+
+def _rounded(size: int) -> int:
+    return STRIDE * -(-size // STRIDE)

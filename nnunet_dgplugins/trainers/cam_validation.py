@@ -1,0 +1,100 @@
+"""What a trainer of tags does after training: predict its validation cases, and score volumes where masks are known."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_dgplugins.data.folds import is_labelled
+from nnunet_dgplugins.files import RAW, write_json
+from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
+from nnunet_dgplugins.methods.equivariant.segmenter import SLOPE
+from nnunet_dgplugins.methods.equivariant.volume import volume_dice
+
+FILE = "cam_dice.json"
+MASKS = "labelsVal"  # beside labelsTr in the raw dataset: real masks of validation cases
+
+
+def validate_maps(trainer: Any, save_probabilities: bool) -> None:
+    """Write the validation cases' predictions, and the Dice per volume of those whose mask is known.
+
+    ``validation/cam_dice.json`` has the Dice of every such case at the deployed threshold and at 0.2 to 0.8. Slices
+    are never averaged: a mean that counts empty slices rewards drawing nothing. Label files of cases without masks hold
+    tags and are not opened.
+
+    Args:
+        trainer: with its network trained.
+        save_probabilities: also write nnU-Net's .npz files.
+    """
+    folder = Path(trainer.output_folder) / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer.network.eval()
+    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
+    predictor.manual_initialization(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
+    )  # fmt: skip
+    _, cases = trainer.do_split()
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+    threshold = float(trainer.network.threshold)
+    levels = sorted({*THRESHOLDS, round(threshold, 6)})
+    scores: dict[str, dict[str, float]] = {}
+    for case in cases:
+        trainer.print_to_log_file(f"predicting {case}")
+        data, _, _, properties = dataset.load_case(case)
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(data[:]))).cpu()
+        export_prediction_from_logits(
+            logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
+            os.fspath(folder / case), save_probabilities,
+        )  # fmt: skip
+        if (truth := _truth(trainer, case)) is not None:
+            maps = _maps(trainer, logits, properties, threshold)
+            dice = volume_dice(maps, truth, levels)
+            scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
+    trainer.network.train()
+    if not scores:
+        trainer.print_to_log_file("Validation cases predicted; no masks of them are known, so no Dice.")
+        return
+    deployed = [own[f"{round(threshold, 6):g}"] for own in scores.values()]
+    means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
+    write_json(folder / FILE, {"threshold": threshold, "cases": scores, "mean": means})
+    trainer.print_to_log_file(
+        f"Dice per volume at threshold {threshold:g}: {np.mean(deployed):.4f} ± {np.std(deployed):.4f} over "
+        f"{len(deployed)} validation cases; other thresholds: "
+        + ", ".join(f"{level} {value:.3f}" for level, value in means.items())
+    )
+
+
+def _truth(trainer: Any, case: str) -> npt.NDArray[np.bool_] | None:
+    """Return the mask of a validation case (Z, Y, X) in its own geometry; None where none is known."""
+    name = case + trainer.dataset_json["file_ending"]
+    base = Path(trainer.preprocessed_dataset_folder_base)
+    path = Path(os.environ.get(RAW, "")) / base.name / MASKS / name
+    if is_labelled(trainer.case_table, case):
+        path = base / "gt_segmentations" / name
+    if not path.is_file():
+        return None
+    found: npt.NDArray[np.bool_] = (
+        trainer.plans_manager.image_reader_writer_class().read_seg(os.fspath(path))[0][0] == 1
+    )
+    return found
+
+
+def _maps(trainer: Any, logits: torch.Tensor, properties: dict[str, Any], threshold: float) -> npt.NDArray[np.float64]:
+    """Return the fused maps (Z, Y, X) in the case's own geometry, read back from the logits' probabilities."""
+    _, both = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties,
+        return_probabilities=True,
+    )  # fmt: skip
+    present = np.clip(np.asarray(both[1], np.float64), 1e-12, 1 - 1e-12)
+    return threshold + np.log(present / (1 - present)) / SLOPE
