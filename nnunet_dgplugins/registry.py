@@ -69,6 +69,17 @@ TRAINERS: dict[str, TrainerInfo] = {
             supervision="masks of few cases, images of many",
             output="segmentation",
         ),
+        TrainerInfo(
+            name="EquivariantCAMTrainer",
+            module="nnunet_dgplugins.trainers.equivariant",
+            settings="EquivariantSettings",
+            method="Equivariant",
+            stage="one classifier per modality and its CAMs, 2d",
+            paper="Patel and Dolz, Weakly supervised segmentation with cross-modality equivariant constraints, Medical "
+            "Image Analysis 77, 2022 (arXiv 2104.02488)",
+            supervision="slice tags only",
+            output="CAM segmentation, pseudo labels",
+        ),
     )
 }
 

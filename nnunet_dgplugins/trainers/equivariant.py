@@ -60,8 +60,8 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
             if not self.settings.derive_tags:
                 raise UserError(
                     f"{type(self).__name__} learns from tags, and {self.plans_manager.dataset_name} has none in its "
-                    "case table. Convert it with --supervision tags, or let the trainer derive them once from the masks "
-                    "in labelsTr: derive_tags=true."
+                    "case table. Convert it with --supervision tags, or let the trainer derive them once from the "
+                    "masks in labelsTr: derive_tags=true."
                 )
             self.case_table = derive_tags(
                 Path(self.preprocessed_dataset_folder_base), self.dataset_json,

@@ -19,7 +19,9 @@ from nnunet_dgplugins.settings import settings_class
 QUICK = {"sam": "vit_tiny", "epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "store": "half"}
 QUICK_GRID = {**QUICK, "grid_size": 2, "validation": "points"}
 QUICK_EPL = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "unlabelled_batch_size": 2}
+QUICK_EQUIVARIANT = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 4, "width_divisor": 16, "initial_lr": 1e-3}
 SEMI = Recipe("Semi", cases=6, unlabelled=3)
+TAGGED = Recipe("Tagged", channels=("noNorm", "noNorm"), tags=True)
 FIRST_NUMBER = 901
 
 
@@ -52,7 +54,10 @@ class World:
 
         A trainer gets those that it has, and those that no trainer has, so that it can refuse them.
         """
-        quick = {"DeSAMTrainer": QUICK, "DeSAMGridTrainer": QUICK_GRID, "EPLTrainer": QUICK_EPL}
+        quick = {
+            "DeSAMTrainer": QUICK, "DeSAMGridTrainer": QUICK_GRID, "EPLTrainer": QUICK_EPL,
+            "EquivariantCAMTrainer": QUICK_EQUIVARIANT,
+        }  # fmt: skip
         known = {name: settings_class(TRAINERS[name].settings).__dataclass_fields__ for name in quick}
         strange = {key for key in values if not any(key in fields for fields in known.values())}
         write_json(
@@ -186,6 +191,12 @@ def world(real_size_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 def semi(world: World) -> World:
     """The same world on a dataset with three labelled and three unlabelled training cases of two sites."""
     return world.use(SEMI)
+
+
+@pytest.fixture
+def tagged(world: World) -> World:
+    """The same world on a dataset of two modalities whose slices have tags instead of masks."""
+    return world.use(TAGGED)
 
 
 @pytest.fixture
