@@ -21,6 +21,9 @@ from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
 from nnunet_dgplugins.methods.equivariant.segmenter import SLOPE
 from nnunet_dgplugins.methods.equivariant.volume import volume_dice
 
+FOLDER = (
+    "validation_cam"  # not nnU-Net's name: its find_best_configuration would score against labelsTr, which has tags
+)
 FILE = "cam_dice.json"
 MASKS = "labelsVal"  # beside labelsTr in the raw dataset: real masks of validation cases
 
@@ -28,7 +31,7 @@ MASKS = "labelsVal"  # beside labelsTr in the raw dataset: real masks of validat
 def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     """Write the validation cases' predictions, and the Dice per volume of those whose mask is known.
 
-    ``validation/cam_dice.json`` has the Dice of every such case at the deployed threshold and at 0.2 to 0.8. Slices
+    ``validation_cam/cam_dice.json`` has the Dice of every such case at the deployed threshold and at 0.2 to 0.8. Slices
     are never averaged: a mean that counts empty slices rewards drawing nothing. Label files of cases without masks hold
     tags and are not opened.
 
@@ -36,7 +39,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         trainer: with its network trained.
         save_probabilities: also write nnU-Net's .npz files.
     """
-    folder = Path(trainer.output_folder) / "validation"
+    folder = Path(trainer.output_folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     trainer.network.eval()
     predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
@@ -62,17 +65,27 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
             dice = volume_dice(maps, truth, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     trainer.network.train()
+    deployed = {case: own[f"{round(threshold, 6):g}"] for case, own in scores.items()}
+    _write_summary(folder.parent / "validation" / "summary.json", deployed)
     if not scores:
         trainer.print_to_log_file("Validation cases predicted; no masks of them are known, so no Dice.")
         return
-    deployed = [own[f"{round(threshold, 6):g}"] for own in scores.values()]
     means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
+    values = list(deployed.values())
     write_json(folder / FILE, {"threshold": threshold, "cases": scores, "mean": means})
     trainer.print_to_log_file(
-        f"Dice per volume at threshold {threshold:g}: {np.mean(deployed):.4f} ± {np.std(deployed):.4f} over "
-        f"{len(deployed)} validation cases; other thresholds: "
+        f"Dice per volume at threshold {threshold:g}: {np.mean(values):.4f} ± {np.std(values):.4f} over "
+        f"{len(values)} validation cases; other thresholds: "
         + ", ".join(f"{level} {value:.3f}" for level, value in means.items())
     )
+
+
+def _write_summary(path: Path, dice: dict[str, float]) -> None:
+    """Write the summary that nnU-Net's zip export asks for, with Dice against masks; null where none is known."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mean = {"Dice": float(np.mean(list(dice.values()))) if dice else None}
+    cases = [{"case": case, "metrics": {"1": {"Dice": value}}} for case, value in dice.items()]
+    write_json(path, {"foreground_mean": mean, "mean": {"1": mean}, "metric_per_case": cases})
 
 
 def _truth(trainer: Any, case: str) -> npt.NDArray[np.bool_] | None:

@@ -109,7 +109,7 @@ def test_no_mask_of_a_training_case_is_opened(tagged: World, monkeypatch: pytest
 def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged: World):
     tagged.settings(epochs=2, iterations_per_epoch=8)
     tagged.command(TRAINER)
-    folder = tagged.model(TRAINER) / "fold_0" / "validation"
+    folder = tagged.model(TRAINER) / "fold_0" / "validation_cam"
     result = json.loads((folder / "cam_dice.json").read_text())
     assert list(result["cases"]) == ["case_0"]
     assert {"0.2", "0.5", "0.8"} <= set(result["cases"]["case_0"])
@@ -121,14 +121,15 @@ def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged:
     )
     total = drawn.sum() + truth.sum()
     assert result["cases"]["case_0"]["0.5"] == pytest.approx(2 * (drawn & truth).sum() / total, abs=1e-9)
-    assert not (folder / "summary.json").exists()  # nnU-Net's would be Dice with tags
+    summary = json.loads((folder.parent / "validation" / "summary.json").read_text())
+    assert summary["foreground_mean"]["Dice"] == result["mean"]["0.5"]
 
 
 def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):
     tagged.use(TAGGED, own=True)
     (tagged.raw / "labelsVal" / f"case_0{ENDING}").unlink()
     tagged.command(TRAINER)
-    folder = tagged.model(TRAINER) / "fold_0" / "validation"
+    folder = tagged.model(TRAINER) / "fold_0" / "validation_cam"
     assert (folder / f"case_0{ENDING}").is_file()
     assert not (folder / "cam_dice.json").exists()
     (log,) = folder.parent.glob("training_log_*.txt")

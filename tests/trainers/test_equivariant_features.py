@@ -1,0 +1,240 @@
+"""Every feature of nnU-Net works with, or is refused by, EquivariantCAMTrainer; docs/support.md is the table."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TAGGED, World
+from resuming import assert_same, checkpoint
+from tiny_dataset import plan, threads_for_processes
+
+from nnunet_dgplugins.errors import UnsupportedFeature
+from nnunet_dgplugins.files import read_json
+
+TRAINER = "EquivariantCAMTrainer"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def refused(world: World, **options: Any) -> str:
+    """The sentence of a refusal, which leaves nothing behind."""
+    with pytest.raises(UnsupportedFeature) as caught:
+        world.construct(TRAINER, **options)
+    assert not list(world.results.iterdir())
+    text = str(caught.value)
+    assert text.startswith(TRAINER)
+    assert text.endswith(".")
+    return text
+
+
+def map_dtypes(built: Any) -> set[torch.dtype]:
+    """Train, and return the type of the signed maps as the networks made them."""
+    built.initialize()
+    dtypes, run = set(), built.run
+
+    def watched(*inputs: Any) -> Any:
+        found = run(*inputs)
+        dtypes.add(found[1].dtype)
+        return found
+
+    built.run = watched
+    built.run_training()
+    return dtypes
+
+
+def test_2d_trains_and_predicts(tagged: World):
+    built = tagged.train(TRAINER)
+    assert np.isfinite(built.logger.get_value("train_losses", 0))
+    tagged.no_settings()
+    predicted = tagged.predict(tagged.model(TRAINER))
+    assert [x.shape for x in predicted] == [(6, 36, 40), (4, 36, 40)]
+    assert {int(value) for x in predicted for value in np.unique(x)} <= {0, 1}
+
+
+def test_3d_fullres_is_refused(tagged: World):
+    tagged.use(TAGGED, own=True)
+    plan(tagged.number, configuration="3d_fullres")
+    assert "no 3d form" in refused(tagged, configuration="3d_fullres")
+
+
+def test_a_cascade_is_refused(tagged: World):
+    tagged.use(TAGGED, own=True)
+    stages = {
+        "2d_first": {"inherits_from": "2d", "next_stage": "2d_second"},
+        "2d_second": {"inherits_from": "2d", "previous_stage": "2d_first"},
+    }
+    tagged.edit_json("nnUNetPlans.json", lambda plans: plans["configurations"].update(stages))
+    assert "cascade" in refused(tagged, configuration="2d_second")
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_several_gpus_are_refused(tagged: World):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tagged.root}/meeting", rank=0, world_size=1)
+    try:
+        assert "one GPU" in refused(tagged)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_resenc_plans_train_and_predict(tagged: World):
+    tagged.use(TAGGED, own=True)
+    name = tagged.plan_again("nnUNetPlannerResEncM")
+    tagged.train(TRAINER, plans=name)
+    assert [x.shape for x in tagged.predict(tagged.model(TRAINER, plans=name))] == [(6, 36, 40), (4, 36, 40)]
+
+
+def test_several_classes_are_refused(tagged: World):
+    tagged.use(replace(TAGGED, name="TaggedThree", classes=3))
+    assert "knows one class; part1, part2, part3 are 3" in refused(tagged)
+
+
+def test_region_labels_are_refused(tagged: World):
+    tagged.use(replace(TAGGED, name="TaggedRegions", classes=2, regions=True))
+    assert "classes or regions" in refused(tagged)
+
+
+def test_an_ignore_label_is_accepted_and_never_predicted(tagged: World):
+    tagged.use(replace(TAGGED, name="TaggedIgnore"), own=True)
+    for name in ("dataset.json",):
+        tagged.edit_json(name, lambda content: content["labels"].update(ignore=2))
+    tagged.train(TRAINER)
+    predicted = np.concatenate([x.ravel() for x in tagged.predict(tagged.model(TRAINER))])
+    assert set(np.unique(predicted)) <= {0, 1}
+
+
+def test_continuing_finishes_the_missing_epochs(tagged: World):
+    tagged.settings(epochs=2)
+    built = tagged.construct(TRAINER)
+    start = built.on_epoch_start
+
+    def stopping() -> None:
+        if built.current_epoch == 1:
+            raise KeyboardInterrupt
+        start()
+
+    built.on_epoch_start = stopping
+    with pytest.raises(KeyboardInterrupt):
+        built.run_training()
+    tagged.command(TRAINER, continue_training=True)
+    assert checkpoint(tagged, TRAINER)["current_epoch"] == 2
+    assert len(checkpoint(tagged, TRAINER)["logging"]["train_losses"]) == 2
+
+
+def test_validation_alone_writes_the_dice_per_volume(tagged: World):
+    tagged.train(TRAINER)
+    path = tagged.model(TRAINER) / "fold_0" / "validation_cam" / "cam_dice.json"
+    assert not path.exists()
+    tagged.command(TRAINER, only_run_validation=True)
+    dice = read_json(path)["mean"]["0.5"]
+    assert 0 <= dice <= 1
+    summary = read_json(path.parents[1] / "validation" / "summary.json")
+    assert summary["foreground_mean"]["Dice"] == dice
+
+
+def test_validation_with_the_best_checkpoint_reads_that_one(tagged: World):
+    tagged.train(TRAINER)
+    path = tagged.model(TRAINER) / "fold_0" / "checkpoint_best.pth"
+    best = torch.load(path, weights_only=False)
+    best["network_weights"]["threshold"].fill_(2)  # no map reaches it
+    torch.save(best, path)
+    tagged.command(TRAINER, only_run_validation=True, val_with_best=True)
+    assert read_json(path.parent / "validation_cam" / "cam_dice.json")["mean"]["2"] == 0
+
+
+def test_probabilities_are_written_on_request(tagged: World):
+    tagged.command(TRAINER, export_validation_probabilities=True)
+    (file,) = (tagged.model(TRAINER) / "fold_0" / "validation_cam").glob("*.npz")
+    probabilities = np.load(file)["probabilities"].astype(np.float32)
+    assert probabilities.shape[0] == 2
+    np.testing.assert_allclose(probabilities.sum(0), 1, atol=2e-3)
+
+
+def test_fold_all_trains_and_validates_on_every_tagged_case(tagged: World):
+    tagged.command(TRAINER, fold="all")
+    validated = {path.name for path in (tagged.model(TRAINER) / "fold_all" / "validation_cam").glob("*.nii.gz")}
+    assert validated == {f"case_{number}.nii.gz" for number in range(TAGGED.cases)}
+    assert len(tagged.predict(tagged.model(TRAINER), fold="all")) == 2
+
+
+def test_pretrained_weights_are_where_training_starts(tagged: World):
+    tagged.train(TRAINER)
+    start = tagged.model(TRAINER) / "fold_0" / "checkpoint_final.pth"
+    first = checkpoint(tagged, TRAINER)
+    tagged.elsewhere("second").settings(initial_lr=0.0, seed=3)
+    tagged.command(TRAINER, pretrained_weights=str(start))
+    second = checkpoint(tagged, TRAINER)
+    kept = [key for key in first["network_weights"] if key.endswith("weight")]
+    assert all(torch.equal(first["network_weights"][key], second["network_weights"][key]) for key in kept)
+
+
+def test_no_checkpoint_is_written_when_checkpointing_is_disabled(tagged: World):
+    tagged.command(TRAINER, disable_checkpointing=True)
+    assert not list(tagged.model(TRAINER).rglob("*.pth"))
+    assert (tagged.model(TRAINER) / "fold_0" / "validation_cam" / "cam_dice.json").is_file()
+
+
+def test_compilation_is_accepted_and_changes_nothing(tagged: World, monkeypatch: pytest.MonkeyPatch):
+    tagged.train(TRAINER)
+    plain = checkpoint(tagged, TRAINER)
+    monkeypatch.setenv("nnUNet_compile", "t")
+    assert not tagged.elsewhere("compiled").train(TRAINER)._do_i_compile()
+    assert_same(plain["network_weights"], checkpoint(tagged, TRAINER)["network_weights"])
+
+
+def test_bfloat16_on_the_cpu_is_used_when_asked_for(tagged: World):
+    tagged.settings(cpu_bfloat16=True)
+    built = tagged.construct(TRAINER)
+    assert map_dtypes(built) == {torch.bfloat16}
+    assert np.isfinite(built.logger.get_value("train_losses", 0))
+
+
+def test_find_best_configuration_finds_nothing_to_score_against_tags(tagged: World):
+    from nnunetv2.evaluation.find_best_configuration import find_best_configuration
+
+    tagged.command(TRAINER)
+    # nnU-Net collects predictions of folders called validation; ours lie elsewhere, so it has none and stops
+    with threads_for_processes(), pytest.raises(IndexError):
+        find_best_configuration(
+            tagged.number,
+            ({"plans": "nnUNetPlans", "configuration": "2d", "trainer": TRAINER},),
+            num_processes=1, folds=(0,),
+        )  # fmt: skip
+
+
+def test_a_zip_carries_everything_to_an_empty_results_folder(tagged: World):
+    from nnunetv2.model_sharing.model_export import export_pretrained_model
+    from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+
+    tagged.command(TRAINER)
+    (tagged.model(TRAINER) / "fold_0" / "progress.png").touch()  # nnU-Net's plot is off in fast tests
+    before = tagged.predict(tagged.model(TRAINER))
+    export_pretrained_model(
+        tagged.name, str(tagged.root / "model.zip"), ("2d",), TRAINER, folds=(0,), export_crossval_predictions=False
+    )
+    shutil.rmtree(tagged.results)
+    tagged.elsewhere("received").no_settings()
+    install_model_from_zip_file(str(tagged.root / "model.zip"))
+    after = tagged.predict(tagged.model(TRAINER))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_trains_with_mixed_precision_and_predicts(tagged: World):
+    tagged.settings(epochs=2, amp=True)
+    built = tagged.construct(TRAINER, device="cuda")
+    assert map_dtypes(built) == {torch.float16}
+    assert np.isfinite(built.logger.get_value("train_losses", 1))
+    assert len(tagged.predict(tagged.model(TRAINER), device="cuda")) == 2
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_trains_without_mixed_precision(tagged: World):
+    built = tagged.construct(TRAINER, device="cuda")
+    assert map_dtypes(built) == {torch.float32}
+    assert np.isfinite(built.logger.get_value("train_losses", 0))
