@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins.data.case_table import CaseTable
-from nnunet_dgplugins.data.folds import without_masks
+from nnunet_dgplugins.data.folds import has_tags, is_labelled, without_masks
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, dataset_name, read_json
 from nnunet_dgplugins.registry import TRAINERS
@@ -31,14 +31,20 @@ def advise(dataset: int | str) -> dict[str, Any]:
     training = int(content.get("numTraining", 0))
     names = _training_cases(raw, preprocessed, content["file_ending"])
     mixed = _foreign_sites(names, table)
-    hidden = len(without_masks(names, table))
+    known = names or set(table.cases if table else ())
+    with_tags = sum(has_tags(table, case) for case in known)
+    hidden = len([case for case in without_masks(names, table) if not has_tags(table, case)])
+    masks = table is None or any(is_labelled(table, case) for case in known)
     return {
         "dataset": name,
         "cases": training,
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
-        "trainers": [_fit(info.name, table, mixed, hidden) for info in TRAINERS.values()],
-        "next": _next(name, number, preprocessed, hidden),
+        "trainers": [
+            _fit_tags(info.name, with_tags) if info.tags else _fit(info.name, table, mixed, hidden, masks)
+            for info in TRAINERS.values()
+        ],
+        "next": _next(name, number, preprocessed, hidden, masks),
     }
 
 
@@ -81,11 +87,18 @@ def _foreign_sites(names: set[str], table: CaseTable | None) -> list[str]:
     return sorted(str(site) for site in sites if site not in table.sources)
 
 
-def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int) -> dict[str, Any]:
+def _fit_tags(name: str, with_tags: int) -> dict[str, Any]:
+    """Say whether a trainer that learns from tags fits, and why."""
+    why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
+    if with_tags:
+        return {"name": name, "fits": True, "why": [*why, f"{with_tags} cases have tags: what the method is made for."]}
+    return {"name": name, "fits": False, "why": [*why, "No case has tags (derive_tags=true makes them from masks)."]}
+
+
+def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int, masks: bool) -> dict[str, Any]:
     """Say whether a trainer that learns from masks fits, and why."""
     why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
-    labelled = table is None or any(case.labelled for case in table.cases.values())
-    if not labelled:
+    if not masks:
         return {"name": name, "fits": False, "why": [*why, "No case has masks."]}
     if table is None:
         why.append("Trains on any dataset with masks; without a case table results cannot be told apart by site.")
@@ -115,7 +128,7 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int) -> d
     return {"name": name, "fits": True, "why": why}
 
 
-def _next(name: str, number: int, preprocessed: Path, hidden: int) -> list[str]:
+def _next(name: str, number: int, preprocessed: Path, hidden: int, masks: bool) -> list[str]:
     if not (preprocessed / "nnUNetPlans.json").is_file():
         return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
     results = Path(os.environ.get(RESULTS, "")) / name
@@ -124,7 +137,8 @@ def _next(name: str, number: int, preprocessed: Path, hidden: int) -> list[str]:
         if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
     ]  # fmt: skip
     if not trained:
-        return [f"nnUNetv2_train {number} 2d 0 -tr {'EPLTrainer' if hidden else 'DeSAMTrainer'}"]
+        trainer = ("EPLTrainer" if hidden else "DeSAMTrainer") if masks else "EquivariantCAMTrainer"
+        return [f"nnUNetv2_train {number} 2d 0 -tr {trainer}"]
     folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
     return [
         f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {trained[0]}",

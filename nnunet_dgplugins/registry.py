@@ -20,6 +20,7 @@ class TrainerInfo:
         supervision: what it may read.
         output: what comes out.
         after: trainer of the stage before, trained on the same dataset first; "" for a first stage.
+        tags: whether it learns from tags in the case table instead of masks.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TrainerInfo:
     supervision: str
     output: str
     after: str = ""
+    tags: bool = False
 
 
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
@@ -78,7 +80,8 @@ TRAINERS: dict[str, TrainerInfo] = {
             paper="Patel and Dolz, Weakly supervised segmentation with cross-modality equivariant constraints, Medical "
             "Image Analysis 77, 2022 (arXiv 2104.02488)",
             supervision="slice tags only",
-            output="CAM segmentation, pseudo labels",
+            output="CAM segmentation",
+            tags=True,
         ),
     )
 }

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.splits import SEED, SPLITS, check, k_fold
-from nnunet_dgplugins.data.tags import tagged
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import PREPROCESSED, read_json, write_json
 
@@ -69,6 +68,20 @@ def trainable(names: list[str], table: CaseTable | None) -> list[str]:
         return names
     labelled = [name for name in names if name not in table.cases or table.cases[name].labelled]
     return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
+
+
+def has_tags(table: CaseTable | None, name: str) -> bool:
+    """Return whether the table knows tags of a case."""
+    return table is not None and name in table.cases and table.cases[name].tags is not None
+
+
+def tagged(names: Iterable[str], table: CaseTable | None) -> list[str]:
+    """Return the cases with tags of the source sites; of every site where no source is named."""
+    if table is None:
+        return []
+    return [
+        name for name in names if has_tags(table, name) and (not table.sources or table.site_of(name) in table.sources)
+    ]
 
 
 def is_labelled(table: CaseTable | None, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,6 @@ import numpy.typing as npt
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import RAW, nnunet_folder, read_json, write_json
-
-
-def has_tags(table: CaseTable | None, name: str) -> bool:
-    """Return whether the table knows tags of a case."""
-    return table is not None and name in table.cases and table.cases[name].tags is not None
-
-
-def tagged(names: Iterable[str], table: CaseTable | None) -> list[str]:
-    """Return the cases with tags of the source sites; of every site where no source is named."""
-    if table is None:
-        return []
-    return [
-        name for name in names if has_tags(table, name) and (not table.sources or table.site_of(name) in table.sources)
-    ]
 
 
 def derive_tags(base: Path, dataset_json: dict[str, Any], reader: Any) -> CaseTable:
