@@ -22,6 +22,7 @@ COMMANDS = {
     "splits": "Write folds by site and patient.",
     "configure": "Write a plans file with other settings for a trainer.",
     "embed": "Compute the image embeddings a SAM trainer reads.",
+    "pseudo-labels": "Make an ordinary dataset of the masks that a model of tags draws.",
     "evaluate": "Metrics per case, class and site.",
     "study": "Every method x source x target x seed from one file, resumable.",
     "bundle": "Put the frozen SAM weights into a trained model.",

@@ -55,8 +55,8 @@ def make_linked_dataset(
             "json": content,
             "table": new_table.to_dict(),
             "folds": folds,
-            "train": _files(train),
-            "test": _files(test),
+            "train": file_list(train),
+            "test": file_list(test),
         }
     )
     protocol = {**table.protocol, "linked_from": dataset.folder.name, "input": digest}
@@ -69,16 +69,16 @@ def make_linked_dataset(
     for part, cases in (("Tr", train), ("Ts", test)):
         for case, files in cases.items():
             for channel, image in enumerate(files.images):
-                _link(image, folder / f"images{part}" / f"{case}_{channel:04d}{dataset.file_ending}")
+                link(image, folder / f"images{part}" / f"{case}_{channel:04d}{dataset.file_ending}")
             if files.label is not None:
-                _link(files.label, folder / f"labels{part}" / f"{case}{dataset.file_ending}")
+                link(files.label, folder / f"labels{part}" / f"{case}{dataset.file_ending}")
     write_json(folder / SPLITS, folds)
     write_json(folder / "dataset.json", content)
     staging.finish(folder, final, digest)
     return final
 
 
-def _files(cases: Mapping[str, RawCase]) -> list[list[str]]:
+def file_list(cases: Mapping[str, RawCase]) -> list[list[str]]:
     """Return names, sizes and times: enough to notice that a linked file was replaced."""
     return [
         [case, *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _paths(files))]
@@ -90,7 +90,8 @@ def _paths(files: RawCase) -> list[Path]:
     return [*files.images, *([] if files.label is None else [files.label])]
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Link a file, relative to the new place; copy it where links are not allowed. One that is there stays."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,10 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
             os.fspath(folder / case), save_probabilities,
         )  # fmt: skip
         if (truth := _truth(trainer, case)) is not None:
-            maps = _maps(trainer, logits, properties, threshold)
+            _, maps = in_file_geometry(
+                logits[1].float() / SLOPE + threshold, threshold, trainer.plans_manager,
+                trainer.configuration_manager, trainer.label_manager, properties,
+            )  # fmt: skip
             dice = volume_dice(maps, truth, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     trainer.network.train()
@@ -103,11 +106,25 @@ def _truth(trainer: Any, case: str) -> npt.NDArray[np.bool_] | None:
     return found
 
 
-def _maps(trainer: Any, logits: torch.Tensor, properties: dict[str, Any], threshold: float) -> npt.NDArray[np.float64]:
-    """Return the fused maps (Z, Y, X) in the case's own geometry, read back from the logits' probabilities."""
-    _, both = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties,
-        return_probabilities=True,
-    )  # fmt: skip
+def in_file_geometry(
+    maps: torch.Tensor, threshold: float, plans: Any, configuration: Any, labels: Any, properties: dict[str, Any]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
+    """Bring fused maps of a preprocessed case back to its files' grid, by nnU-Net's own road for logits.
+
+    Args:
+        maps: (Z, Y, X), 0 to 1.
+        threshold: foreground is above.
+        plans: nnU-Net's plans manager.
+        configuration: its configuration.
+        labels: its label manager.
+        properties: of the case.
+
+    Returns:
+        Mask and map (Z, Y, X), the map read back from the probability of foreground.
+    """
+    logits = torch.stack([torch.zeros_like(maps), SLOPE * (maps - threshold)])
+    mask, both = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, configuration, labels, properties, return_probabilities=True
+    )
     present = np.clip(np.asarray(both[1], np.float64), 1e-12, 1 - 1e-12)
-    return threshold + np.log(present / (1 - present)) / SLOPE
+    return np.asarray(mask, np.uint8), threshold + np.log(present / (1 - present)) / SLOPE

@@ -1,0 +1,46 @@
+"""``dgplugins pseudo-labels``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("pseudo-labels")
+@click.argument("model_folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", "number", type=click.IntRange(1, 999), required=True, help="Id of the new dataset.")
+@click.option("-f", "fold", default="0", show_default=True, help="Trained fold, a number or all.")
+@click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of the fold.")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Of the map. [default: the model's]")
+@click.option("--fusion", metavar="mean|max|N", help="One map of all modalities'. [default: the model's]")
+@click.option(
+    "--gate",
+    type=click.Choice(["tag", "predicted", "none"]),
+    default="tag",
+    show_default=True,
+    help="tag: slices known to be negative stay empty, positive ones that no network believes in take the ungated map.",
+)
+@click.option("--link/--copy", default=True, show_default=True, help="Link the images, or copy them.")
+@click.option("--device", help="Where the network runs. [default: CUDA if there is one]")
+def command(
+    model_folder: Path,
+    number: int,
+    fold: str,
+    checkpoint: str,
+    threshold: float | None,
+    fusion: str | None,
+    gate: str,
+    link: bool,
+    device: str | None,
+) -> None:
+    """Write the masks that MODEL_FOLDER draws on its training cases as an ordinary nnU-Net dataset.
+
+    Any trainer plans, trains and predicts on it. A page of examples (pseudo_labels.png) lies in the new dataset.
+    """
+    from nnunet_dgplugins.trainers.pseudo_labels import Choices, make_pseudo_labels
+
+    folder = make_pseudo_labels(
+        model_folder, number, fold, checkpoint, Choices(threshold, fusion, gate), link, device, click.echo
+    )
+    click.echo(f"Wrote {folder}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")

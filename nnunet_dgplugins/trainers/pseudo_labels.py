@@ -1,0 +1,266 @@
+"""Masks that a model of tags draws on its own training cases, as an ordinary raw dataset for a second stage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nnunet_dgplugins.data import staging
+from nnunet_dgplugins.data.case_table import KEY, CaseTable
+from nnunet_dgplugins.data.folds import tagged
+from nnunet_dgplugins.data.linked_dataset import file_list, link
+from nnunet_dgplugins.data.raw_dataset import RawDataset
+from nnunet_dgplugins.data.splits import SPLITS
+from nnunet_dgplugins.data.tags import slice_tags
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.evaluation.panels import Panel, panels_png
+from nnunet_dgplugins.files import (
+    PREPROCESSED,
+    content_hash,
+    file_sha256,
+    nnunet_folder,
+    read_json,
+    replacing,
+    write_json,
+)
+from nnunet_dgplugins.methods.equivariant.maps import fuse
+from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter
+from nnunet_dgplugins.registry import TRAINERS
+from nnunet_dgplugins.trainers.cam_validation import MASKS, in_file_geometry
+from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+from nnunet_dgplugins.trainers.deployed import Rebuilt, rebuild
+
+PAGE = "pseudo_labels.png"
+_SHOWN = 8  # cases on the page
+_SLICES = 16  # run together
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How maps become masks.
+
+    Args:
+        threshold: foreground where the fused map is above; None: the model's.
+        fusion: ``mean``, ``max`` or the number of a modality; None: the model's.
+        gate: ``tag``: slices with tag 0 are empty, and a slice with tag 1 that every network calls negative takes the
+            ungated map, so that no positive slice is lost without need. ``predicted``: each network's own prediction
+            empties its map, as published for images without tags. ``none``: every map counts.
+    """
+
+    threshold: float | None = None
+    fusion: str | None = None
+    gate: str = "tag"
+
+
+def make_pseudo_labels(
+    model_folder: Path,
+    number: int,
+    fold: int | str = 0,
+    checkpoint: str = "checkpoint_final.pth",
+    choices: Choices = Choices(),
+    linked: bool = True,
+    device: torch.device | str | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write ``DatasetNNN_<name>_pseudo``: same images and splits, masks by the model, provenance in the case table.
+
+    Killed and run again, it goes on and ends with the same bytes.
+
+    Args:
+        model_folder: ``<Trainer>__<plans>__<configuration>`` of a trainer of tags.
+        number: id of the new dataset.
+        fold: fold of the model.
+        checkpoint: file in the fold's folder.
+        choices: how maps become masks.
+        linked: link the images instead of copying them.
+        device: where the network runs; None: CUDA if there is one.
+        say: takes each line of progress.
+
+    Returns:
+        The new dataset's folder in ``nnUNet_raw``.
+
+    Raises:
+        UserError: the model is none of tags, its dataset is gone, the id is taken, or no voxel at all is positive.
+    """
+    path = model_folder / f"fold_{fold}" / checkpoint
+    content = read_checkpoint(path)
+    model = rebuild(model_folder, content)
+    if not TRAINERS[model.trainer].tags or not isinstance(model.network, CAMSegmenter):
+        raise UserError(
+            f"{model_folder}: {model.trainer} learns from masks; pseudo labels are made by trainers of tags."
+        )
+    model.network.load_state_dict(content["network_weights"])
+    network = model.network.eval().to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    chosen = _resolved(choices, network)
+    raw = RawDataset.open(model.plans.dataset_name)
+    table = CaseTable.from_dataset_json(model.dataset_json)
+    cases = tagged(sorted(raw.training), table)
+    if table is None or not cases:
+        raise UserError(f"{raw.folder}: no training case with tags.")
+    name = f"Dataset{number:03d}_{raw.folder.name[11:]}_pseudo"
+    staging.refuse_other_names(name)
+    digest = content_hash({
+        "name": name, "model": file_sha256(path), "choices": asdict(chosen), "linked": linked,
+        "train": file_list(raw.training), "test": file_list(raw.test),
+    })  # fmt: skip
+    final = raw.folder.with_name(name)
+    if staging.is_done(final, digest):
+        say(f"{name} is there already, made from the same model: nothing to do.")
+        return final
+    staging.refuse_other_content(final, digest, overwrite=False)
+    drawer = _Drawer(model, network, chosen, table)
+    folder = staging.start(final, digest)
+    positive = _write_masks(drawer, cases, folder / "labelsTr", raw.file_ending)
+    if not positive:
+        shutil.rmtree(folder)
+        raise UserError(
+            f"No voxel of {len(cases)} cases is above {chosen.threshold:g}: nothing could be learnt from these masks. "
+            f"Lower --threshold, or see the Dice at each threshold in {path.parent}/validation_cam."
+        )
+    say(f"{positive} foreground voxels in {len(cases)} cases.")
+    _carry_over(raw, cases, folder, linked)
+    _describe(raw, table, cases, chosen, path, digest, folder)
+    panels_png(_page(drawer, raw, cases), folder / PAGE)
+    staging.finish(folder, final, digest)
+    return final
+
+
+def _resolved(choices: Choices, network: CAMSegmenter) -> Choices:
+    fusion = str(network.fusion) if choices.fusion is None else choices.fusion
+    if fusion not in ("mean", "max", *map(str, range(len(network.networks)))):
+        raise UserError(f"--fusion {fusion}: expected mean, max or the number of a modality.")
+    threshold = float(network.threshold) if choices.threshold is None else choices.threshold
+    return Choices(threshold, fusion, choices.gate)
+
+
+class _Drawer:
+    """Draws masks on preprocessed cases, in the files' own geometry."""
+
+    def __init__(self, model: Rebuilt, network: CAMSegmenter, choices: Choices, table: CaseTable):
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        self.model, self._network, self._choices, self._table = model, network, choices, table
+        assert choices.fusion is not None
+        assert choices.threshold is not None
+        self._fusion = int(choices.fusion) if choices.fusion.isdigit() else choices.fusion
+        self._threshold = choices.threshold
+        folder = nnunet_folder(PREPROCESSED) / model.plans.dataset_name / model.configuration.data_identifier
+        if not folder.is_dir():
+            raise UserError(f"{folder}: the preprocessed training cases are not there; run nnUNetv2_preprocess.")
+        self._dataset = infer_dataset_class(str(folder))(str(folder))
+
+    def draw(self, case: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64], dict[str, Any]]:
+        """Return mask and map (Z, Y, X) of a case, and nnU-Net's properties."""
+        data, _, _, properties = self._dataset.load_case(case)
+        tags = slice_tags(self._table, case, properties, self.model.plans.transpose_forward)
+        maps = self._maps(torch.from_numpy(np.asarray(data[:], np.float32)), torch.from_numpy(tags))
+        mask, shown = in_file_geometry(
+            maps, self._threshold, self.model.plans, self.model.configuration, self.model.labels, properties
+        )
+        return mask, shown, properties
+
+    def _maps(self, data: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        """Return the fused maps (Z, Y, X) of a preprocessed case (M, Z, Y, X)."""
+        device = next(self._network.parameters()).device
+        made = []
+        for start in range(0, data.shape[1], _SLICES):
+            found = self._network.found(data[:, start : start + _SLICES].transpose(0, 1).to(device))
+            every, gated = fuse(found.maps, self._fusion), fuse(found.gated(), self._fusion)
+            if self._choices.gate == "tag":
+                silent = ~found.present.bool().any(1).view(-1, 1, 1)
+                own = tags[start : start + _SLICES].to(device).view(-1, 1, 1)
+                made.append(torch.where(silent, every, gated) * own)
+            else:
+                made.append(gated if self._choices.gate == "predicted" else every)
+        return torch.cat(made).cpu()
+
+
+def _write_masks(drawer: _Drawer, cases: list[str], folder: Path, ending: str) -> int:
+    """Write every mask that is not there yet; return the number of foreground voxels of all."""
+    import tqdm
+
+    reader = drawer.model.plans.image_reader_writer_class()
+    positive = 0
+    for case in tqdm.tqdm(cases, disable=None, desc="pseudo labels"):
+        path = folder / f"{case}{ending}"
+        if path.exists():
+            mask = np.asarray(reader.read_seg(os.fspath(path))[0])
+        else:
+            mask, _, properties = drawer.draw(case)
+            with replacing(path) as temporary:
+                reader.write_seg(mask, os.fspath(temporary), properties)
+        positive += int((mask > 0).sum())
+    return positive
+
+
+def _carry_over(raw: RawDataset, cases: list[str], folder: Path, linked: bool) -> None:
+    """Bring images, and the masks of validation and test cases, where they are."""
+    wanted = {f"imagesTr/{path.name}": path for case in cases for path in raw.training[case].images}
+    for case, files in raw.test.items():
+        wanted.update({f"imagesTs/{path.name}": path for path in files.images})
+        if files.label is not None:
+            wanted[f"labelsTs/{case}{raw.file_ending}"] = files.label
+    if (raw.folder / MASKS).is_dir():
+        wanted.update({f"{MASKS}/{path.name}": path for path in sorted((raw.folder / MASKS).iterdir())})
+    for name, source in wanted.items():
+        target = folder / name
+        if linked:
+            link(source, target)
+        elif not target.exists():
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
+
+
+def _describe(
+    raw: RawDataset, table: CaseTable, cases: list[str], choices: Choices, path: Path, digest: str, folder: Path
+) -> None:
+    """Write dataset.json with the channels' own names and where the masks come from, and carry the splits over."""
+    names = table.protocol.get("modalities")
+    content = {key: value for key, value in raw.content.items() if key not in ("dataset", KEY)}
+    if names:  # the names of the weak dataset only say that nothing is to be normalised
+        content["channel_names"] = {str(i): name for i, name in enumerate(names)}
+    content["numTraining"] = len(cases)
+    origin = {"model": "/".join(path.parts[-4:]), "checkpoint": file_sha256(path), **asdict(choices)}
+    made = replace(
+        table,
+        cases={
+            name: replace(case, labelled=True) if name in cases else case
+            for name, case in table.cases.items()
+            if name in cases or name in raw.test
+        },
+        protocol={**table.protocol, "supervision": "pseudo labels", "pseudo_labels": origin, "input": digest},
+    )
+    content[KEY] = made.to_dict()
+    preprocessed = raw.preprocessed
+    source = next(
+        (home / SPLITS for home in (preprocessed, raw.folder) if home is not None and (home / SPLITS).is_file()), None
+    )
+    if source is not None:
+        write_json(folder / SPLITS, read_json(source))
+    write_json(folder / "dataset.json", content)
+
+
+def _page(drawer: _Drawer, raw: RawDataset, cases: list[str]) -> Iterator[Panel]:
+    """Yield one slice, the one with the largest mask, of cases spread over the dataset."""
+    reader = drawer.model.plans.image_reader_writer_class()
+    modalities = drawer.model.dataset_json.get(KEY, {}).get("protocol", {}).get("modalities")
+    for index in sorted({round(i) for i in np.linspace(0, len(cases) - 1, min(_SHOWN, len(cases)))}):
+        case = cases[index]
+        mask, shown, _ = drawer.draw(case)
+        z = int(mask.reshape(len(mask), -1).sum(1).argmax())
+        images, _ = reader.read_images([os.fspath(path) for path in raw.training[case].images])
+        truth_path = raw.folder / MASKS / f"{case}{raw.file_ending}"
+        truth = reader.read_seg(os.fspath(truth_path))[0][0, z] == 1 if truth_path.is_file() else None
+        names = modalities or [f"channel {i}" for i in range(len(images))]
+        yield Panel(
+            f"{case}, slice {z + 1} of {len(mask)}", dict(zip(names, images[:, z], strict=True)), shown[z],
+            mask[z] > 0, truth,
+        )  # fmt: skip
