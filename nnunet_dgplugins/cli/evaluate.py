@@ -18,7 +18,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @click.command("evaluate")
 @click.argument("dataset")
-@click.argument("predictions", type=_FOLDER)
+@click.argument("predictions", type=_FOLDER, required=False)
 @click.option("--labels", type=_FOLDER, help="Reference labels; default: labelsTs of the dataset.")
 @json_option
 @click.option(
@@ -36,6 +36,9 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--per-case", is_flag=True, help="Print every case, however many.")
 @click.option("--no-labels", is_flag=True, help="Rank the cases by the method's own doubt; labels are not needed.")
+@click.option(
+    "--equivariance", is_flag=True, help="How far --model's maps move with their images; takes no predictions."
+)
 @click.option("--model", type=_FOLDER, help="Trained model folder: ask for its doubt, keep the answer.")
 @click.option(
     "--images", type=_FOLDER, help="Images of the predictions, for --model; default: imagesTs of the dataset."
@@ -47,7 +50,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
 def command(
     dataset: str,
-    predictions: Path,
+    predictions: Path | None,
     labels: Path | None,
     as_json: bool,
     csv_file: Path | None,
@@ -55,6 +58,7 @@ def command(
     partial_folder: bool,
     per_case: bool,
     no_labels: bool,
+    equivariance: bool,
     model: Path | None,
     fold: str,
     checkpoint: str,
@@ -69,6 +73,13 @@ def command(
     """
     from nnunet_dgplugins.evaluation.evaluate import Dataset, evaluate
 
+    if equivariance:
+        if predictions or not model:
+            raise click.UsageError("--equivariance asks a --model and takes no predictions.")
+        _equivariance(model, fold, checkpoint, device, as_json)
+        return
+    if predictions is None:
+        raise click.UsageError("Missing argument 'PREDICTIONS'.")
     if no_labels and (csv_file or overlays or protocol != "standard"):
         raise click.UsageError("--no-labels gives a ranking only: leave out --csv, --overlays and --protocol.")
     if images and not model:
@@ -94,6 +105,18 @@ def command(
 
         written = overlay_folder(result, overlays, images)
         click.echo(f"{len(written)} overlays in {overlays}", err=True)
+
+
+def _equivariance(model: Path, fold: str, checkpoint: str, device: str | None, as_json: bool) -> None:
+    """Print the mean difference of maps per family of transforms, before and after training."""
+    from nnunet_dgplugins.evaluation.show import show_equivariance
+    from nnunet_dgplugins.trainers.equivariance import measure_equivariance
+
+    found = measure_equivariance(model, fold, checkpoint, device, lambda text: click.echo(text, err=True))
+    if as_json:
+        print_json(found)
+    else:
+        show_equivariance(found)
 
 
 def _report(

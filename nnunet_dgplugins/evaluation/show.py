@@ -66,6 +66,19 @@ def show_doubt(doubts: list[Doubt], correlation: Correlation | None) -> None:
         screen.print(correlation_line(correlation), soft_wrap=True)
 
 
+def show_equivariance(found: Mapping[str, Any]) -> None:
+    """Print how far maps fail to move with their images, per family of transforms."""
+    table = _table("Mean difference of map of transformed slice and transformed map (share of the maps' mean)")
+    for heading in ("transform", "before training", "after training"):
+        table.add_column(heading, justify="left" if heading == "transform" else "right")
+    for family, moments in found.items():
+        if family != "slices":
+            cells = [f"{moments[m]['difference']:.4f} ({moments[m]['relative']:.2f})" for m in ("before", "after")]
+            table.add_row(family, *cells)
+    console().print(table)
+    console().print(f"{found['slices']} positive validation slices, mean over modalities; 0 moves perfectly.")
+
+
 def correlation_line(correlation: Correlation) -> str:
     """Return the rank correlation in one sentence."""
     if correlation.rho is None:

@@ -46,6 +46,7 @@ class Rebuilt:
     trainer: str
     network: torch.nn.Module
     plans: Any
+    configuration_name: str
     configuration: Any
     labels: Any
     dataset_json: dict[str, Any]
@@ -68,7 +69,8 @@ def rebuild(model_folder: Path, checkpoint: dict[str, Any]) -> Rebuilt:
     if name not in TRAINERS:
         raise UserError(f"{model_folder}: trained by {name or 'an unknown trainer'}, none of this package's.")
     plans = PlansManager(os.fspath(model_folder / "plans.json"))
-    configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
+    configuration_name = checkpoint["init_args"]["configuration"]
+    configuration = plans.get_configuration(configuration_name)
     content = read_json(model_folder / "dataset.json")
     labels = plans.get_label_manager(content)
     network = load_trainer(name).build_network_architecture(  # type: ignore[attr-defined]
@@ -78,7 +80,7 @@ def rebuild(model_folder: Path, checkpoint: dict[str, Any]) -> Rebuilt:
         labels.num_segmentation_heads,
         False,
     )
-    return Rebuilt(name, network, plans, configuration, labels, content)
+    return Rebuilt(name, network, plans, configuration_name, configuration, labels, content)
 
 
 def _network(model_folder: Path, checkpoint: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.content import content_box, crop
 from nnunet_dgplugins.data.loaders import SliceLoader
 from nnunet_dgplugins.data.tags import derive_tags, slice_tags
 from nnunet_dgplugins.errors import UserError
@@ -19,7 +18,7 @@ from nnunet_dgplugins.methods.cam import standardise
 from nnunet_dgplugins.methods.equivariant import transforms
 from nnunet_dgplugins.methods.equivariant.losses import Terms, cross_entropy, terms
 from nnunet_dgplugins.methods.equivariant.network import STRIDE, UNetCAM, grouped_pass, separate_pass
-from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, framed
+from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, shown_in
 from nnunet_dgplugins.methods.equivariant.step import branches, one_graph_at_a_time
 from nnunet_dgplugins.settings import EquivariantSettings
 from nnunet_dgplugins.trainers.cam_validation import validate_maps
@@ -285,7 +284,7 @@ class _Slices:
             case, z = self._slices[index]
             data, _, _, _ = self._dataset.load_case(case)
             image = torch.from_numpy(np.asarray(data[:, z], np.float32))
-            images.append(framed(crop(image, content_box(image)), self._field))
+            images.append(shown_in(image, self._field))
         return {
             "images": torch.stack(images),
             "tags": torch.from_numpy(self.tags[chosen]),

@@ -11,13 +11,19 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import TAGGED, World
 from tiny_dataset import ENDING, Recipe
 
+from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import read_json
+from nnunet_dgplugins.methods.equivariant.transforms import FAMILIES
+from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+from nnunet_dgplugins.trainers.deployed import rebuild
+from nnunet_dgplugins.trainers.equivariance import _untrained
 
 TRAINER = "EquivariantCAMTrainer"
 
@@ -212,3 +218,36 @@ def test_padding_and_larger_slices_change_no_map(tagged: World):
     torch.testing.assert_close(padded[..., 12:42, 5:41], plain, rtol=0, atol=0)
     assert float(empty[:, 1].max()) < 0
     assert torch.isfinite(plain).all()
+
+
+def test_equivariance_is_measured_before_and_after_training_on_the_same_slices(tagged: World):
+    tagged.settings(initial_lr=0.0, weight_decay=0.0)
+    tagged.train(TRAINER)
+    words = ["evaluate", str(tagged.number), "--equivariance", "--model", str(tagged.model(TRAINER)), "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["slices"] == 3  # case_0 has four slices, the last without organ
+    for family in FAMILIES:
+        before, after = found[family]["before"], found[family]["after"]
+        assert before["difference"] > 0
+        assert after["relative"] > after["difference"]  # maps are below 1
+    trainer = tagged.construct(TRAINER)
+    trainer.initialize()
+    fresh = _untrained(rebuild(tagged.model(TRAINER), read_checkpoint(_final(tagged))))
+    names = [name for name, _ in trainer.network.named_parameters()]
+    assert names
+    for name in names:
+        assert torch.equal(fresh.get_parameter(name), trainer.network.get_parameter(name)), name
+    shown = CliRunner().invoke(cli, words[:-1])
+    assert "before training" in shown.stdout
+    assert "rotation" in shown.stdout
+
+
+def test_equivariance_wants_a_model_and_no_predictions(tagged: World, tmp_path: Path):
+    for words in (["--equivariance"], [str(tmp_path), "--equivariance", "--model", str(tmp_path)], []):
+        assert CliRunner().invoke(cli, ["evaluate", str(tagged.number), *words]).exit_code == 2
+
+
+def _final(world: World) -> Path:
+    return world.model(TRAINER) / "fold_0" / "checkpoint_final.pth"

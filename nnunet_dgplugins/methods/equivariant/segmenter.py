@@ -65,10 +65,8 @@ class CAMSegmenter(nn.Module):
 
     def found(self, x: Tensor, kind: str = "cam") -> Found:
         """Return logits (M, B, 2) and maps (B, M, H, W) of slices (B, M, H, W), zero-padded or not; 0 outside them."""
-        frames, size = [], tuple(x.shape[-2:])
-        boxes = [content_box(item) for item in x]
-        for item, box in zip(x, boxes, strict=True):
-            frames.append(framed(crop(item, box).float(), self.field))
+        size = tuple(x.shape[-2:])
+        boxes, frames = [content_box(item) for item in x], [shown_in(item, self.field) for item in x]
         maps = x.new_zeros((*x.shape[:2], *size), dtype=torch.float32)
         logits = torch.empty(x.shape[1], len(x), 2, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
@@ -89,6 +87,11 @@ class CAMSegmenter(nn.Module):
         """Map slices (B, M, H, W) to logits (B, 2, H, W): 0, and 20 * (map - threshold), which wins above it."""
         present = SLOPE * (self.fused(self.found(x)) - self.threshold)
         return torch.stack([torch.zeros_like(present), present], 1)
+
+
+def shown_in(image: Tensor, field: Field) -> Tensor:
+    """Return a slice (M, H, W) as the networks see it: its content in the middle of the field, float32."""
+    return framed(crop(image, content_box(image)).float(), field)
 
 
 def framed(content: Tensor, field: Field) -> Tensor:
