@@ -1,7 +1,7 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, gpu
+    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their
@@ -33,6 +33,7 @@ TITLES = {
     "store": "Embedding store",
     "grid": "Grid inference",
     "epl": "EPL: Fourier mixing and training step on the CPU",
+    "equivariant": "Equivariant CAMs: training step and export of maps on the CPU",
     "gpu": "GPU",
 }
 
@@ -234,10 +235,16 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
 
         return benchmark_epl.rows_on_the_cpu()
 
+    def equivariant() -> list[Row]:
+        import benchmark_equivariant
+
+        return benchmark_equivariant.rows_on_the_cpu()
+
     def gpu() -> list[Row]:
         import benchmark_epl
+        import benchmark_equivariant
 
-        return gpu_rows() + benchmark_epl.rows_on_the_gpu()
+        return gpu_rows() + benchmark_epl.rows_on_the_gpu() + benchmark_equivariant.rows_on_the_gpu()
 
     return {
         "startup": startup_rows,
@@ -246,6 +253,7 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
         "store": store,
         "grid": grid,
         "epl": epl,
+        "equivariant": equivariant,
         "gpu": gpu,
     }
 
