@@ -40,3 +40,15 @@ def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int
     """Return how far the field reaches beyond content of this size: (left, right, top, bottom), none negative."""
     rows, columns = (max(0, f - have) for f, have in zip(field or (0, 0), (height, width), strict=True))
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
+def tiled_warning(x: torch.Tensor) -> str | None:
+    """Return what to say where a slice of (B, C, H, W) fills the whole patch, None where none does."""
+    size = (int(x.shape[-2]), int(x.shape[-1]))
+    boxes = [content_box(item) for item in x]
+    if not any(box and (box[1] - box[0] == size[0] or box[3] - box[2] == size[1]) for box in boxes):
+        return None
+    return (
+        f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: larger slices are cut into "
+        "tiles, and each tile is segmented as if it were a slice. A larger patch_size in the plans avoids that."
+    )

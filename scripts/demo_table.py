@@ -78,6 +78,15 @@ def training_minutes(fold: Path) -> float:
     return sum(end - start for start, end in zip(started, ended, strict=True)) / 60
 
 
+def trains_on_validation(data: Dataset) -> bool:
+    """Return whether the dataset's only fold validates on its training cases, as few labels do."""
+    from nnunet_dgplugins.data.splits import SPLITS, TRAINING, VALIDATES_ON
+    from nnunet_dgplugins.files import read_json
+
+    path = data.folder / SPLITS
+    return path.is_file() and read_json(path)[0].get(VALIDATES_ON) == TRAINING
+
+
 def mean_dice(table: pandas.DataFrame, site: str | None = None) -> float:
     """Return the mean Dice over the cases of an evaluation's table, of one site if given."""
     found = table[table["metric"] == "dice"]
@@ -91,7 +100,8 @@ def _print(data: Dataset, rows: list[tuple[str, float | None, Evaluation]], spen
     sites = sorted(set(rows[0][2].table["site"]))
     source = ", ".join(data.table.sources)
     shown = Table(title=f"Dice, mean over cases; trained on {source} only, {spent}", title_justify="left")
-    for heading in ("", f"{source} (validation)", *sites, "mean unseen"):
+    held_out = "training cases" if trains_on_validation(data) else "validation"
+    for heading in ("", f"{source} ({held_out})", *sites, "mean unseen"):
         shown.add_column(heading, justify="left" if not heading else "right")
     for label, validation, result in rows:
         dice = [mean_dice(result.table, site) for site in sites]

@@ -50,6 +50,7 @@ def test_the_demo_of_epl_trains_with_few_labels_and_predicts_the_site_left_out(t
     small = "EPLTrainer: {batch_size: 2, unlabelled_batch_size: 2}\n"
     first, _ = run(tmp_path, small, "epl", "--steps", "4")
     assert "4 steps each" in first.stdout
+    assert "training cases" in first.stdout
     for word in ("EPL", "stock nnU-Net", "constant mask", "UCL"):
         assert word in first.stdout
     assert [path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")] == ["UCL"]

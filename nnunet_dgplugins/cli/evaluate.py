@@ -72,10 +72,17 @@ def command(
     DATASET is an id or a name; PREDICTIONS a folder written by nnUNetv2_predict.
     """
     from nnunet_dgplugins.evaluation.evaluate import Dataset, evaluate
+    from nnunet_dgplugins.files import dataset_name
 
     if equivariance:
-        if predictions or not model:
-            raise click.UsageError("--equivariance asks a --model and takes no predictions.")
+        others = {"PREDICTIONS": predictions, "--labels": labels, "--csv": csv_file, "--no-labels": no_labels,
+                  "--partial": partial_folder, "--images": images, "--overlays": overlays}  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise click.UsageError(f"--equivariance asks the --model itself: leave out {', '.join(given)}.")
+        if not model:
+            raise click.UsageError("--equivariance asks a --model: name its folder.")
+        if model.resolve().parent.name != dataset_name(dataset):
+            raise click.UsageError(f"{model} is no model of dataset {dataset}.")
         _equivariance(model, fold, checkpoint, device, as_json)
         return
     if predictions is None:
@@ -110,7 +117,7 @@ def command(
 def _equivariance(model: Path, fold: str, checkpoint: str, device: str | None, as_json: bool) -> None:
     """Print the mean difference of maps per family of transforms, before and after training."""
     from nnunet_dgplugins.evaluation.show import show_equivariance
-    from nnunet_dgplugins.trainers.equivariance import measure_equivariance
+    from nnunet_dgplugins.trainers.measure_equivariance import measure_equivariance
 
     found = measure_equivariance(model, fold, checkpoint, device, lambda text: click.echo(text, err=True))
     if as_json:

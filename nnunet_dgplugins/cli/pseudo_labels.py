@@ -21,6 +21,15 @@ import click
     show_default=True,
     help="tag: slices known to be negative stay empty, positive ones that no network believes in take the ungated map.",
 )
+@click.option(
+    "--map",
+    "kind",
+    type=click.Choice(["cam", "grad_cam", "grad_cam_plus_plus"]),
+    default="cam",
+    show_default=True,
+    help="Class activation map, or one by gradients.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a dataset made from another model or by other choices.")
 @click.option("--link/--copy", default=True, show_default=True, help="Link the images, or copy them.")
 @click.option("--device", help="Where the network runs. [default: CUDA if there is one]")
 def command(
@@ -31,6 +40,8 @@ def command(
     threshold: float | None,
     fusion: str | None,
     gate: str,
+    kind: str,
+    overwrite: bool,
     link: bool,
     device: str | None,
 ) -> None:
@@ -41,6 +52,7 @@ def command(
     from nnunet_dgplugins.trainers.pseudo_labels import Choices, make_pseudo_labels
 
     folder = make_pseudo_labels(
-        model_folder, number, fold, checkpoint, Choices(threshold, fusion, gate), link, device, click.echo
-    )
+        model_folder, number, fold, checkpoint, Choices(threshold, fusion, gate, kind), link, overwrite, device,
+        click.echo,
+    )  # fmt: skip
     click.echo(f"Wrote {folder}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")

@@ -4,9 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def read_slice(dataset: Any, case: str, z: int) -> np.ndarray:
+    """Return one slice (C, H, W) float32 of a preprocessed case; its label file is not opened.
+
+    Args:
+        dataset: nnU-Net's, of either of its formats.
+        case: case identifier.
+        z: along the first spatial axis.
+    """
+    return np.asarray(_image(dataset, case)[:, z], np.float32)
+
+
+def read_image(dataset: Any, case: str) -> np.ndarray:
+    """Return a preprocessed case's image (C, Z, Y, X) float32; its label file is not opened."""
+    return np.asarray(_image(dataset, case)[:], np.float32)
+
+
+def image_shape(dataset: Any, case: str) -> tuple[int, ...]:
+    """Return the shape (C, Z, Y, X) of a preprocessed case; nothing but its header is read."""
+    return tuple(int(size) for size in _image(dataset, case).shape)
+
+
+def read_properties(dataset: Any, case: str) -> dict[str, Any]:
+    """Return what nnU-Net keeps of a preprocessed case, such as its crop box."""
+    from batchgenerators.utilities.file_and_folder_operations import load_pickle
+
+    found: dict[str, Any] = load_pickle(str(Path(dataset.source_folder) / f"{case}.pkl"))
+    return found
+
+
+def _image(dataset: Any, case: str) -> Any:
+    path = Path(dataset.source_folder) / f"{case}.b2nd"
+    if not path.is_file():  # nnU-Net's older format keeps image and label in one file
+        return dataset.load_case(case)[0]
+    import blosc2
+
+    return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **dataset.mmap_kwargs)
+
 
 #: (indices of the slices, epoch) -> batch
 LoadBatch = Callable[[np.ndarray, int], dict[str, Any]]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
+from nnunet_dgplugins.data.folds import is_labelled
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import RAW, nnunet_folder, read_json, write_json
 
@@ -24,16 +25,25 @@ def derive_tags(base: Path, dataset_json: dict[str, Any], reader: Any) -> CaseTa
         reader: nnU-Net's for this dataset.
 
     Returns:
-        The table; a slice is positive where its mask shows one pixel of foreground or more.
+        The table; a slice is positive where its mask shows one pixel of foreground or more. A case without masks gets
+        no tags.
+
+    Raises:
+        UserError: a slice shows no foreground but unknown pixels (the ignore label), so its tag is unknown.
     """
     ending, ignore = dataset_json["file_ending"], dataset_json["labels"].get("ignore")
     table = CaseTable.from_dataset_json(dataset_json) or CaseTable()
     cases = dict(table.cases)
     for path in sorted((base / "gt_segmentations").glob(f"*{ending}")):
         name = path.name[: -len(ending)]
+        if not is_labelled(table, name):
+            continue
         mask = np.asarray(reader.read_seg(str(path))[0])[0]
-        positive = (mask > 0) & (mask != (-1 if ignore is None else ignore))
-        found = positive.any((1, 2)).astype(int).tolist()
+        unknown = np.zeros_like(mask, bool) if ignore is None else mask == ignore
+        positive = ((mask > 0) & ~unknown).any((1, 2))
+        if (unknown.any((1, 2)) & ~positive).any():
+            raise UserError(f"{path}: a slice holds ignored pixels and no foreground, so its tag is unknown.")
+        found = positive.astype(int).tolist()
         cases[name] = replace(cases.get(name, Case()), tags=found)
     made = replace(table, cases=cases)
     dataset_json[KEY] = made.to_dict()

@@ -73,7 +73,10 @@ def show_equivariance(found: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "transform" else "right")
     for family, moments in found.items():
         if family != "slices":
-            cells = [f"{moments[m]['difference']:.4f} ({moments[m]['relative']:.2f})" for m in ("before", "after")]
+            cells = []
+            for value in (moments["before"], moments["after"]):
+                share = "empty maps" if value["relative"] is None else f"{value['relative']:.2f}"
+                cells.append(f"{value['difference']:.4f} ({share})")
             table.add_row(family, *cells)
     console().print(table)
     console().print(f"{found['slices']} positive validation slices, mean over modalities; 0 moves perfectly.")

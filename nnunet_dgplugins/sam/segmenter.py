@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nnunet_dgplugins.content import Field, content_box
+from nnunet_dgplugins.content import Field, content_box, tiled_warning
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel
 from nnunet_dgplugins.sam.preprocess import from_canvas, to_canvas
@@ -85,17 +85,7 @@ class SliceSegmenter(nn.Module):
 
         The way depends on the content of each slice and is no graph: nnUNet_compile is accepted and has no effect.
         """
-        self._warn_if_tiled(x)
+        if not self._warned and (text := tiled_warning(x)):
+            self._warned = True
+            warnings.warn(text, stacklevel=3)
         return self.segment(x)[0]
-
-    def _warn_if_tiled(self, x: torch.Tensor) -> None:
-        size = (int(x.shape[-2]), int(x.shape[-1]))
-        boxes = [] if self._warned else [content_box(item) for item in x]
-        if not any(b and (b[1] - b[0] == size[0] or b[3] - b[2] == size[1]) for b in boxes):
-            return
-        self._warned = True
-        warnings.warn(
-            f"A slice fills the whole patch of {size[0]}x{size[1]} pixels: larger slices are cut into "
-            "tiles, and each tile is segmented as if it were a slice. A larger patch_size in the plans avoids that.",
-            stacklevel=3,
-        )

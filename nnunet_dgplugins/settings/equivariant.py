@@ -56,7 +56,7 @@ class EquivariantSettings(TrainingSettings):
     threshold: float = setting(
         0.5, "A pixel is foreground where the fused map is above this.", "0.5 in an early release", minimum=0, maximum=1
     )
-    fusion: str = setting(
+    fusion: str | int = setting(
         "mean", "One map of all modalities': mean, max, or the number of a modality. Published: each by itself."
     )
     gate: str = setting(
@@ -67,7 +67,7 @@ class EquivariantSettings(TrainingSettings):
     )
     forwards: str = setting(
         "auto",
-        "separate: one network after the other. grouped: all at once, equal result. auto: the one measured faster.",
+        "separate, and auto for now: one network after the other. grouped: all at once, equal result up to rounding.",
         choices=("auto", "separate", "grouped"),
     )
     one_graph_at_a_time: bool = setting(

@@ -38,6 +38,8 @@ class DGTrainer(nnUNetTrainer):
     free_settings: ClassVar[frozenset[str]] = frozenset({"keep_freed_memory"})
     #: whether cases with tags, not cases with masks, train and validate
     reads_tags: ClassVar[bool] = False
+    #: of the learning rate's polynomial decay, also under a budget; 0 keeps the rate
+    lr_exponent: float = 0.9
 
     def __init__(
         self,

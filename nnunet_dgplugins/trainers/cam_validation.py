@@ -16,6 +16,7 @@ from nnunetv2.inference.export_prediction import (
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dgplugins.data.folds import is_labelled
+from nnunet_dgplugins.data.loaders import read_image, read_properties
 from nnunet_dgplugins.files import RAW, write_json
 from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
 from nnunet_dgplugins.methods.equivariant.segmenter import SLOPE
@@ -42,6 +43,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     folder = Path(trainer.output_folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     trainer.network.eval()
+    (folder / FILE).unlink(missing_ok=True)  # of an earlier validation
     predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
     predictor.manual_initialization(
         trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
@@ -49,13 +51,13 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     )  # fmt: skip
     _, cases = trainer.do_split()
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
-    threshold = float(trainer.network.threshold)
+    threshold: float = trainer.network.threshold
     levels = sorted({*THRESHOLDS, round(threshold, 6)})
     scores: dict[str, dict[str, float]] = {}
     for case in cases:
         trainer.print_to_log_file(f"predicting {case}")
-        data, _, _, properties = dataset.load_case(case)
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(data[:]))).cpu()
+        properties = read_properties(dataset, case)
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(read_image(dataset, case))).cpu()
         export_prediction_from_logits(
             logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
             os.fspath(folder / case), save_probabilities,
@@ -65,13 +67,14 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
                 logits[1].float() / SLOPE + threshold, threshold, trainer.plans_manager,
                 trainer.configuration_manager, trainer.label_manager, properties,
             )  # fmt: skip
-            dice = volume_dice(maps, truth, levels)
+            dice = volume_dice(np.where(truth < 0, 0, maps), truth > 0, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     trainer.network.train()
     deployed = {case: own[f"{round(threshold, 6):g}"] for case, own in scores.items()}
-    _write_summary(folder.parent / "validation" / "summary.json", deployed)
+    summary = folder.parent / "validation" / "summary.json"  # the last file: what has it is validated
     if not scores:
         trainer.print_to_log_file("Validation cases predicted; no masks of them are known, so no Dice.")
+        _write_summary(summary, deployed)
         return
     means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
     values = list(deployed.values())
@@ -81,6 +84,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         f"{len(values)} validation cases; other thresholds: "
         + ", ".join(f"{level} {value:.3f}" for level, value in means.items())
     )
+    _write_summary(summary, deployed)
 
 
 def _write_summary(path: Path, dice: dict[str, float]) -> None:
@@ -91,19 +95,19 @@ def _write_summary(path: Path, dice: dict[str, float]) -> None:
     write_json(path, {"foreground_mean": mean, "mean": {"1": mean}, "metric_per_case": cases})
 
 
-def _truth(trainer: Any, case: str) -> npt.NDArray[np.bool_] | None:
-    """Return the mask of a validation case (Z, Y, X) in its own geometry; None where none is known."""
+def _truth(trainer: Any, case: str) -> npt.NDArray[np.int8] | None:
+    """Return the mask of a validation case (Z, Y, X) on its files' grid, -1 where ignored; None where none is known."""
     name = case + trainer.dataset_json["file_ending"]
     base = Path(trainer.preprocessed_dataset_folder_base)
-    path = Path(os.environ.get(RAW, "")) / base.name / MASKS / name
+    places = [Path(os.environ.get(RAW, "")) / base.name / MASKS]
     if is_labelled(trainer.case_table, case):
-        path = base / "gt_segmentations" / name
-    if not path.is_file():
+        places.append(base / "gt_segmentations")
+    path = next((place / name for place in places if (place / name).is_file()), None)
+    if path is None:
         return None
-    found: npt.NDArray[np.bool_] = (
-        trainer.plans_manager.image_reader_writer_class().read_seg(os.fspath(path))[0][0] == 1
-    )
-    return found
+    values = trainer.plans_manager.image_reader_writer_class().read_seg(os.fspath(path))[0][0]
+    ignore = trainer.label_manager.ignore_label
+    return np.where(values == (-1 if ignore is None else ignore), -1, values == 1).astype(np.int8)
 
 
 def in_file_geometry(

@@ -11,9 +11,11 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.data.loaders import SliceLoader
+from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.loaders import SliceLoader, read_properties, read_slice
 from nnunet_dgplugins.data.tags import derive_tags, slice_tags
-from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.errors import UnsupportedFeature, UserError
+from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.methods.cam import standardise
 from nnunet_dgplugins.methods.equivariant import transforms
 from nnunet_dgplugins.methods.equivariant.losses import Terms, cross_entropy, terms
@@ -27,6 +29,7 @@ from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
 _DRAWS_SEED = 4
 _PUBLISHED_SHIFT = 0.1
 _TERMS = ("ce", "er", "kd", "cmer")
+_ZERO_STAYS_BLACK = {"NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"}
 
 
 class EquivariantCAMTrainer(WholeSliceTrainer):
@@ -36,15 +39,20 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
     segmentation. A map must move with its image (ER) and agree with the other modalities' maps (CMER); the networks
     also learn from each other's predictions (KD). Tags come from the case table alone, label files are never read.
 
-    ``checkpoint_best`` has the best mean accuracy of the tags of validation slices. Masks of validation cases, where
-    the dataset has them, are read once, after training, for the Dice per volume.
+    What nnU-Net calls pseudo Dice is the accuracy of the tags of validation slices here, so ``checkpoint_best`` is that
+    of its best moving average. Masks of validation cases, where the dataset has them, are read once, after training,
+    for the Dice per volume.
     """
 
     settings_class = EquivariantSettings
     settings: EquivariantSettings
     network: CAMSegmenter
-    free_settings = WholeSliceTrainer.free_settings | {"channels_last", "one_graph_at_a_time", "forwards"}
+    # the last three decide how maps become masks after training, and may be changed then
+    free_settings = WholeSliceTrainer.free_settings | {
+        "channels_last", "one_graph_at_a_time", "forwards", "derive_tags", "threshold", "fusion", "gate",
+    }  # fmt: skip
     reads_tags = True
+    lr_exponent = 0.0
 
     def __init__(
         self,
@@ -55,18 +63,18 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, compared by name
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.case_table is None or not any(case.tags is not None for case in self.case_table.cases.values()):
-            if not self.settings.derive_tags:
-                raise UserError(
-                    f"{type(self).__name__} learns from tags, and {self.plans_manager.dataset_name} has none in its "
-                    "case table. Convert it with --supervision tags, or let the trainer derive them once from the "
-                    "masks in labelsTr: derive_tags=true."
-                )
+        if not _has_tags(self.case_table):
             self.case_table = derive_tags(
                 Path(self.preprocessed_dataset_folder_base), self.dataset_json,
                 self.plans_manager.image_reader_writer_class(),
             )  # fmt: skip
             self.print_to_log_file("Tags derived from labelsTr, once, into the case table of dataset.json.")
+        schemes = self.configuration_manager.normalization_schemes
+        if not {*schemes} <= _ZERO_STAYS_BLACK:
+            self.print_to_log_file(
+                f"WARNING: channels are normalised by {', '.join(schemes)}, so black and the padding lie in the middle "
+                "of the tissue's values. Name the channels noNorm: slices are standardised in the network."
+            )
 
     # ---------------------------------------------------------------- settings and network
 
@@ -82,6 +90,23 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         if len(dataset_json["channel_names"]) < 2:
             sentences.append(f"{cls.__name__} compares modalities and needs two channels or more.")
         return sentences
+
+    @classmethod
+    def complete_settings(  # type: ignore[override]
+        cls, resolved: EquivariantSettings, trained: dict[str, Any], dataset_json: dict[str, Any]
+    ) -> EquivariantSettings:
+        """Refuse a fusion of a modality that is not there, and a dataset that has no tags and is to get none."""
+        count = len(dataset_json["channel_names"])
+        if resolved.fusion not in ("mean", "max", *range(count)):
+            raise UnsupportedFeature(
+                f"{cls.__name__}: fusion={resolved.fusion} is neither mean nor max nor a modality (0 to {count - 1})."
+            )
+        if not resolved.derive_tags and not _has_tags(CaseTable.from_dataset_json(dataset_json)):
+            raise UnsupportedFeature(
+                f"{cls.__name__} learns from tags, and this dataset has none in its case table: convert it with "
+                "--supervision tags, or let the trainer derive them once from the masks in labelsTr (derive_tags=true)."
+            )
+        return resolved
 
     def _write_into_plans(self) -> None:
         super()._write_into_plans()
@@ -109,14 +134,8 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         """Build the network from the settings kept in the plans."""
         block = configuration_manager.configuration[settings.KEY]
         chosen = settings.build(EquivariantSettings, block[cls.__name__], f"{cls.__name__}, plans beside the model")
-        fusion = int(chosen.fusion) if chosen.fusion.isdigit() else chosen.fusion
-        if fusion not in ("mean", "max", *range(num_input_channels)):
-            raise UserError(
-                f"{cls.__name__}: fusion={chosen.fusion} is neither mean nor max nor a modality (0 to "
-                f"{num_input_channels - 1})."
-            )
         return CAMSegmenter(
-            num_input_channels, chosen.width_divisor, tuple(block["field"]), chosen.threshold, fusion,
+            num_input_channels, chosen.width_divisor, tuple(block["field"]), chosen.threshold, chosen.fusion,
             chosen.gate == "predicted", chosen.dropout,
         )  # fmt: skip
 
@@ -136,7 +155,7 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         optimizer = torch.optim.AdamW(
             self.network.parameters(), self.initial_lr, weight_decay=self.settings.weight_decay
         )
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.0)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=self.lr_exponent)
 
     def _build_loss(self) -> Any:
         return terms
@@ -249,6 +268,8 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases; score them per volume against masks where there are any, never against tags."""
+        if not self.disable_checkpointing:  # how maps become masks may have been changed since the training
+            write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
         validate_maps(self, save_probabilities)
 
     def on_train_end(self) -> None:
@@ -267,7 +288,7 @@ class _Slices:
         self._slices: list[tuple[str, int]] = []
         tags = []
         for case in cases:
-            _, _, _, properties = self._dataset.load_case(case)
+            properties = read_properties(self._dataset, case)
             assert trainer.case_table is not None  # do_split refuses a dataset without tags
             own = slice_tags(trainer.case_table, case, properties, trainer.plans_manager.transpose_forward)
             tags.append(own)
@@ -282,11 +303,13 @@ class _Slices:
         images = []
         for index in chosen:
             case, z = self._slices[index]
-            data, _, _, _ = self._dataset.load_case(case)
-            image = torch.from_numpy(np.asarray(data[:, z], np.float32))
-            images.append(shown_in(image, self._field))
+            images.append(shown_in(torch.from_numpy(read_slice(self._dataset, case, z)), self._field))
         return {
             "images": torch.stack(images),
             "tags": torch.from_numpy(self.tags[chosen]),
             "keys": sorted({self._slices[index][0] for index in chosen}),
         }
+
+
+def _has_tags(table: CaseTable | None) -> bool:
+    return table is not None and any(case.tags is not None for case in table.cases.values())

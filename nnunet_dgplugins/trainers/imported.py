@@ -55,9 +55,12 @@ class Destination:
         content = read_json(self.base / f"{self.plans}.json")
         if self.configuration not in content["configurations"]:
             raise UserError(f"{self.base / self.plans}.json has no configuration {self.configuration}.")
-        if self.checkpoint.exists() and not self.overwrite:
-            raise UserError(f"{self.checkpoint} exists; give another --fold, or --overwrite.")
+        if (there := self._present()) and not self.overwrite:
+            raise UserError(f"{there[0]} exists; give another --fold, or --overwrite.")
         return content, content["configurations"][self.configuration]
+
+    def _present(self) -> list[Path]:
+        return sorted(self.checkpoint.parent.glob("checkpoint_*.pth"))
 
     def settings(self, plans: dict[str, Any]) -> Any:
         """Return the trainer's settings with changed plans and the trial file."""
@@ -85,7 +88,13 @@ class Destination:
             )
 
     def build(self, plans: dict[str, Any]) -> Any:
-        """Return the trainer with changed plans, its networks not built; its result folder comes into being."""
+        """Return the trainer with changed plans, its networks not built.
+
+        Its result folder comes into being; checkpoints that are to be overwritten go first, so that a model folder
+        never holds old weights beside new plans.
+        """
+        for path in self._present():
+            path.unlink()
         dataset_json = read_json(self.base / "dataset.json")
         ready = {**plans, "continue_training": False}
         return load_trainer(self.trainer)(ready, self.configuration, self.fold, dataset_json, torch.device("cpu"))

@@ -17,7 +17,8 @@ from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.data.case_table import KEY, CaseTable
 from nnunet_dgplugins.data.folds import tagged
 from nnunet_dgplugins.data.linked_dataset import file_list, link
-from nnunet_dgplugins.data.raw_dataset import RawDataset
+from nnunet_dgplugins.data.loaders import read_image, read_properties
+from nnunet_dgplugins.data.raw_dataset import RawCase, RawDataset
 from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import UserError
@@ -31,7 +32,7 @@ from nnunet_dgplugins.files import (
     replacing,
     write_json,
 )
-from nnunet_dgplugins.methods.equivariant.maps import fuse
+from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, KINDS, fuse
 from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.trainers.cam_validation import MASKS, in_file_geometry
@@ -39,6 +40,7 @@ from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 from nnunet_dgplugins.trainers.deployed import Rebuilt, rebuild
 
 PAGE = "pseudo_labels.png"
+GATES = ("tag", "predicted", "none")
 _SHOWN = 8  # cases on the page
 _SLICES = 16  # run together
 
@@ -53,11 +55,13 @@ class Choices:
         gate: ``tag``: slices with tag 0 are empty, and a slice with tag 1 that every network calls negative takes the
             ungated map, so that no positive slice is lost without need. ``predicted``: each network's own prediction
             empties its map, as published for images without tags. ``none``: every map counts.
+        kind: ``cam``, ``grad_cam`` (the same up to rounding in these networks) or ``grad_cam_plus_plus``.
     """
 
     threshold: float | None = None
-    fusion: str | None = None
+    fusion: str | int | None = None
     gate: str = "tag"
+    kind: str = "cam"
 
 
 def make_pseudo_labels(
@@ -67,6 +71,7 @@ def make_pseudo_labels(
     checkpoint: str = "checkpoint_final.pth",
     choices: Choices = Choices(),
     linked: bool = True,
+    overwrite: bool = False,
     device: torch.device | str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -81,6 +86,7 @@ def make_pseudo_labels(
         checkpoint: file in the fold's folder.
         choices: how maps become masks.
         linked: link the images instead of copying them.
+        overwrite: replace a dataset of this command that was made from another model or by other choices.
         device: where the network runs; None: CUDA if there is one.
         say: takes each line of progress.
 
@@ -107,15 +113,17 @@ def make_pseudo_labels(
         raise UserError(f"{raw.folder}: no training case with tags.")
     name = f"Dataset{number:03d}_{raw.folder.name[11:]}_pseudo"
     staging.refuse_other_names(name)
+    masks = {case.name: RawCase((case,), None) for case in sorted((raw.folder / MASKS).glob(f"*{raw.file_ending}"))}
     digest = content_hash({
-        "name": name, "model": file_sha256(path), "choices": asdict(chosen), "linked": linked,
-        "train": file_list(raw.training), "test": file_list(raw.test),
+        "name": name, "model": file_sha256(path), "choices": asdict(chosen), "linked": linked, "table": table.to_dict(),
+        "json": {key: raw.content.get(key) for key in ("labels", "channel_names")}, "splits": _splits(raw),
+        "train": file_list(raw.training), "test": file_list(raw.test), "masks": file_list(masks),
     })  # fmt: skip
     final = raw.folder.with_name(name)
     if staging.is_done(final, digest):
         say(f"{name} is there already, made from the same model: nothing to do.")
         return final
-    staging.refuse_other_content(final, digest, overwrite=False)
+    staging.refuse_other_content(final, digest, overwrite)
     drawer = _Drawer(model, network, chosen, table)
     folder = staging.start(final, digest)
     positive = _write_masks(drawer, cases, folder / "labelsTr", raw.file_ending)
@@ -134,11 +142,14 @@ def make_pseudo_labels(
 
 
 def _resolved(choices: Choices, network: CAMSegmenter) -> Choices:
-    fusion = str(network.fusion) if choices.fusion is None else choices.fusion
-    if fusion not in ("mean", "max", *map(str, range(len(network.networks)))):
+    fusion = network.fusion if choices.fusion is None else choices.fusion
+    fusion = int(fusion) if isinstance(fusion, str) and fusion.isdigit() else fusion
+    if fusion not in (*FUSIONS, *range(len(network.networks))):
         raise UserError(f"--fusion {fusion}: expected mean, max or the number of a modality.")
-    threshold = float(network.threshold) if choices.threshold is None else choices.threshold
-    return Choices(threshold, fusion, choices.gate)
+    if choices.gate not in GATES or choices.kind not in KINDS:
+        raise UserError(f"gate is one of {', '.join(GATES)}, kind one of {', '.join(KINDS)}; got {choices}.")
+    threshold = network.threshold if choices.threshold is None else choices.threshold
+    return Choices(threshold, fusion, choices.gate, choices.kind)
 
 
 class _Drawer:
@@ -150,8 +161,7 @@ class _Drawer:
         self.model, self._network, self._choices, self._table = model, network, choices, table
         assert choices.fusion is not None
         assert choices.threshold is not None
-        self._fusion = int(choices.fusion) if choices.fusion.isdigit() else choices.fusion
-        self._threshold = choices.threshold
+        self._fusion, self._threshold = choices.fusion, choices.threshold
         folder = nnunet_folder(PREPROCESSED) / model.plans.dataset_name / model.configuration.data_identifier
         if not folder.is_dir():
             raise UserError(f"{folder}: the preprocessed training cases are not there; run nnUNetv2_preprocess.")
@@ -159,9 +169,9 @@ class _Drawer:
 
     def draw(self, case: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64], dict[str, Any]]:
         """Return mask and map (Z, Y, X) of a case, and nnU-Net's properties."""
-        data, _, _, properties = self._dataset.load_case(case)
+        properties = read_properties(self._dataset, case)
         tags = slice_tags(self._table, case, properties, self.model.plans.transpose_forward)
-        maps = self._maps(torch.from_numpy(np.asarray(data[:], np.float32)), torch.from_numpy(tags))
+        maps = self._maps(torch.from_numpy(read_image(self._dataset, case)), torch.from_numpy(tags))
         mask, shown = in_file_geometry(
             maps, self._threshold, self.model.plans, self.model.configuration, self.model.labels, properties
         )
@@ -172,7 +182,8 @@ class _Drawer:
         device = next(self._network.parameters()).device
         made = []
         for start in range(0, data.shape[1], _SLICES):
-            found = self._network.found(data[:, start : start + _SLICES].transpose(0, 1).to(device))
+            shown = data[:, start : start + _SLICES].transpose(0, 1).to(device)
+            found = self._network.found(shown, self._choices.kind)
             every, gated = fuse(found.maps, self._fusion), fuse(found.gated(), self._fusion)
             if self._choices.gate == "tag":
                 silent = ~found.present.bool().any(1).view(-1, 1, 1)
@@ -203,9 +214,12 @@ def _write_masks(drawer: _Drawer, cases: list[str], folder: Path, ending: str) -
 
 def _carry_over(raw: RawDataset, cases: list[str], folder: Path, linked: bool) -> None:
     """Bring images, and the masks of validation and test cases, where they are."""
-    wanted = {f"imagesTr/{path.name}": path for case in cases for path in raw.training[case].images}
+    ending, wanted = raw.file_ending, {}
+    for part, members in (("Tr", {case: raw.training[case] for case in cases}), ("Ts", raw.test)):
+        for case, files in members.items():
+            for channel, path in enumerate(files.images):
+                wanted[f"images{part}/{case}_{channel:04d}{ending}"] = path
     for case, files in raw.test.items():
-        wanted.update({f"imagesTs/{path.name}": path for path in files.images})
         if files.label is not None:
             wanted[f"labelsTs/{case}{raw.file_ending}"] = files.label
     if (raw.folder / MASKS).is_dir():
@@ -232,20 +246,22 @@ def _describe(
     made = replace(
         table,
         cases={
-            name: replace(case, labelled=True) if name in cases else case
+            name: replace(case, labelled=True, tags=None) if name in cases else case
             for name, case in table.cases.items()
             if name in cases or name in raw.test
         },
         protocol={**table.protocol, "supervision": "pseudo labels", "pseudo_labels": origin, "input": digest},
     )
     content[KEY] = made.to_dict()
-    preprocessed = raw.preprocessed
-    source = next(
-        (home / SPLITS for home in (preprocessed, raw.folder) if home is not None and (home / SPLITS).is_file()), None
-    )
-    if source is not None:
-        write_json(folder / SPLITS, read_json(source))
+    if (splits := _splits(raw)) is not None:
+        write_json(folder / SPLITS, splits)
     write_json(folder / "dataset.json", content)
+
+
+def _splits(raw: RawDataset) -> Any:
+    """Return the folds that the model was trained with; None where there is no list."""
+    homes = [home for home in (raw.preprocessed, raw.folder) if home is not None and (home / SPLITS).is_file()]
+    return read_json(homes[0] / SPLITS) if homes else None
 
 
 def _page(drawer: _Drawer, raw: RawDataset, cases: list[str]) -> Iterator[Panel]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_dgplugins.data.loaders import image_shape
 from nnunet_dgplugins.trainers.base import DGTrainer
 
 #: no scanner's slice is wider than this, mm
@@ -37,8 +38,8 @@ def deployed_patch(largest: Iterable[int], spacing: Iterable[float]) -> list[int
 def largest_slice(folder: Path) -> tuple[int, int]:
     """Return rows and columns of the largest slice of a preprocessed dataset; its training site alone is in there."""
     dataset = infer_dataset_class(str(folder))(str(folder))
-    shapes = [dataset.load_case(name)[0].shape[2:] for name in dataset.identifiers]
-    return max(int(shape[0]) for shape in shapes), max(int(shape[1]) for shape in shapes)
+    shapes = [image_shape(dataset, name)[2:] for name in dataset.identifiers]
+    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
 class WholeSliceTrainer(DGTrainer):

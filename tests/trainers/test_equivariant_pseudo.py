@@ -68,7 +68,7 @@ def test_the_command_writes_a_dataset_with_geometry_splits_and_provenance(model:
     assert content["numTraining"] == TAGGED.cases
     origin = content["dgplugins"]["protocol"]["pseudo_labels"]
     assert (origin["threshold"], origin["fusion"], origin["gate"]) == (0.3, "mean", "tag")
-    assert all(case["labelled"] for case in content["dgplugins"]["cases"].values())
+    assert all(case["labelled"] and "tags" not in case for case in content["dgplugins"]["cases"].values())
     assert (folder / "pseudo_labels.png").read_bytes().startswith(b"\x89PNG")
     assert arrays(folder / "labelsVal").keys() == arrays(tagged.raw / "labelsVal").keys()
 
@@ -125,6 +125,18 @@ def test_a_positive_slice_that_no_network_believes_in_takes_the_ungated_map(mode
     assert not [path for path in tagged.raw.parent.iterdir() if str(NUMBER + 2) in path.name]
 
 
+def test_other_choices_and_other_folds_make_the_dataset_anew_when_that_is_allowed(model: Path, tagged: World):
+    first = make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.3))
+    with pytest.raises(UserError, match="--overwrite"):
+        make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, kind="grad_cam_plus_plus", fusion="1"))
+    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1"), overwrite=True)
+    origin = read_json(first / "dataset.json")["dgplugins"]["protocol"]["pseudo_labels"]
+    assert (origin["threshold"], origin["fusion"], origin["kind"]) == (0.1, 1, "cam")
+    tagged.write_splits([{"train": ["case_0"], "val": ["case_1"]}])
+    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1"), overwrite=True)
+    assert read_json(first / "splits_final.json") == [{"train": ["case_0"], "val": ["case_1"]}]
+
+
 def test_a_threshold_that_nothing_reaches_is_said_and_leaves_nothing(model: Path, tagged: World):
     with pytest.raises(UserError, match="Lower --threshold"):
         make_pseudo_labels(model, NUMBER, choices=Choices(threshold=1.0))
@@ -134,6 +146,8 @@ def test_a_threshold_that_nothing_reaches_is_said_and_leaves_nothing(model: Path
 def test_models_that_learn_from_masks_and_wrong_fusions_are_refused(model: Path, tagged: World):
     with pytest.raises(UserError, match="mean, max or the number"):
         make_pseudo_labels(model, NUMBER, choices=Choices(fusion="2"))
+    with pytest.raises(UserError, match="gate is one of"):
+        make_pseudo_labels(model, NUMBER, choices=Choices(gate="Tag"))
     tagged.use(TAGGED).settings()
     world = tagged.elsewhere("masks")
     from tiny_dataset import Recipe

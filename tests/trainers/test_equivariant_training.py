@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import pytest
 import torch
@@ -15,15 +14,19 @@ from click.testing import CliRunner
 from conftest import TAGGED, World
 from tiny_dataset import ENDING, Recipe
 
+from nnunet_dgplugins.budget import Budget, BudgetRun
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.loaders import read_properties
 from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import read_json
+from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter
 from nnunet_dgplugins.methods.equivariant.transforms import FAMILIES
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 from nnunet_dgplugins.trainers.deployed import rebuild
-from nnunet_dgplugins.trainers.equivariance import _untrained
+from nnunet_dgplugins.trainers.equivariant import _Slices
+from nnunet_dgplugins.trainers.measure_equivariance import _untrained, differences
 
 TRAINER = "EquivariantCAMTrainer"
 
@@ -44,13 +47,30 @@ def test_batches_hold_whole_slices_of_training_cases_with_the_tables_tags(tagged
     assert table is not None
     train, _ = trainer.do_split()
     expected = [tag for name in train for tag in table.cases[name].tags or []]
-    slices = trainer.dataloader_train
     assert trainer.num_iterations_per_epoch == 2
-    batch = next(slices)
+    batch = next(trainer.dataloader_train)
     assert batch["images"].shape == (4, 2, 40, 40)
     assert set(batch["keys"]) <= set(train)
+    slices = _Slices(trainer, train)
+    every = slices.load(np.arange(len(slices)), 0)
+    assert every["tags"].tolist() == expected
     assert 0 < sum(expected) < len(expected)
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, train)
+    shown = [data[:, z] for data in (dataset.load_case(name)[0][:] for name in train) for z in range(data.shape[1])]
+    for image, frame in zip(shown, every["images"], strict=True):
+        assert np.array_equal(frame[:, 2:38].numpy(), image)  # 36 rows in the middle of 40
     trainer.on_train_end()
+
+
+def test_slices_that_the_crop_takes_away_take_their_tags_with_them(tagged: World):
+    tagged.use(TAGGED, own=True)
+    trainer = tagged.construct(TRAINER)
+    trainer.initialize()
+    properties = read_properties(trainer.dataset_class(trainer.preprocessed_dataset_folder, ["case_1"]), "case_1")
+    bounds = properties["bbox_used_for_cropping"]
+    cropped = {**properties, "bbox_used_for_cropping": [[2, bounds[0][1]], *bounds[1:]]}
+    whole = slice_tags(trainer.case_table, "case_1", properties, [0, 1, 2]).tolist()
+    assert slice_tags(trainer.case_table, "case_1", cropped, [0, 1, 2]).tolist() == whole[2:]
 
 
 def test_tags_go_through_nnunets_crop():
@@ -72,11 +92,10 @@ def test_label_files_can_hold_anything_and_not_one_bit_of_the_weights_changes(ta
     for folder in (tagged.raw / "labelsTr", tagged.preprocessed / "gt_segmentations"):
         for path in folder.glob(f"*{ENDING}"):
             path.write_bytes(b"no image")
-    scrambled = list(tagged.preprocessed.glob("nnUNetPlans_2d/*_seg.b2nd"))
-    assert len(scrambled) == TAGGED.cases
-    for path in scrambled:
-        array = blosc2.open(str(path), mode="a")
-        array[:] = 1 - np.asarray(array[:])
+    gone = list(tagged.preprocessed.glob("nnUNetPlans_2d/*_seg.b2nd"))
+    assert len(gone) == TAGGED.cases
+    for path in gone:
+        path.unlink()
     tagged.elsewhere("again").train(TRAINER)
     assert same(before, weights(tagged))
 
@@ -142,9 +161,20 @@ def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):
     assert "no masks of them are known" in log.read_text()
 
 
-def test_the_best_checkpoint_is_that_of_the_best_tag_accuracy(tagged: World):
+def test_tag_accuracy_stands_where_nnunet_keeps_its_pseudo_dice_and_chooses_the_best_checkpoint(tagged: World):
     tagged.settings(epochs=3)
-    trainer = tagged.train(TRAINER)
+    trainer = tagged.construct(TRAINER)
+    scripted = iter((0.25, 1.0, 0.0))
+    trainer.validation_step = lambda batch, share=None: {"loss": np.zeros(2), "right": np.zeros(2), "slices": 4}
+    ended = trainer.on_validation_epoch_end
+
+    def with_accuracy(outputs: list[dict[str, Any]]) -> None:
+        ended([{"loss": np.zeros(2), "right": np.full(2, 4 * next(scripted)), "slices": 4}])
+
+    trainer.on_validation_epoch_end = with_accuracy
+    trainer.run_training()
+    best = torch.load(tagged.model(TRAINER) / "fold_0" / "checkpoint_best.pth", weights_only=False)
+    assert best["current_epoch"] == 2  # epochs done: the second had the best moving average
     accuracies = [trainer.logger.get_value("mean_fg_dice", step) for step in range(3)]
     assert all(0 <= value <= 1 for value in accuracies)
     per_modality = trainer.logger.get_value("dice_per_class_or_region", 0)
@@ -154,20 +184,31 @@ def test_the_best_checkpoint_is_that_of_the_best_tag_accuracy(tagged: World):
 
 @pytest.mark.parametrize("choice", [{"forwards": "grouped"}, {"one_graph_at_a_time": True}, {"channels_last": False}])
 def test_choices_of_speed_and_memory_change_results_by_rounding_only(tagged: World, choice: dict[str, Any]):
-    tagged.settings(iterations_per_epoch=1)
-    tagged.train(TRAINER)
-    before = weights(tagged)
-    tagged.settings(iterations_per_epoch=1, **choice)
-    tagged.elsewhere("again").train(TRAINER)
-    for key, value in weights(tagged).items():
-        if "running" in key:
-            torch.testing.assert_close(value, before[key], rtol=1e-3, atol=1e-5)
+    def step() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        trainer = tagged.train(TRAINER)
+        gradients = [state["exp_avg"] for state in trainer.optimizer.state.values()]  # a tenth of the only gradient
+        return {key: value for key, value in weights(tagged).items() if "running" in key}, gradients
+
+    # one thread and PyTorch's own kernels: a ReLU whose input is 0 up to rounding lets a gradient jump
+    with torch.backends.mkldnn.flags(enabled=False):
+        tagged.settings(iterations_per_epoch=1)
+        statistics, gradients = step()
+        tagged.settings(iterations_per_epoch=1, **choice)
+        tagged.elsewhere("again")
+        others, again = step()
+    for key, value in others.items():
+        torch.testing.assert_close(value, statistics[key], rtol=1e-3, atol=1e-5)
+    assert len(gradients) == len(again) > 0
+    for one, other in zip(gradients, again, strict=True):
+        largest = float(one.abs().max())
+        torch.testing.assert_close(other, one, rtol=0, atol=max(1e-6, 2e-2 * largest))
 
 
 def test_a_dataset_with_masks_is_refused_until_tags_are_to_be_derived_and_then_they_are_once(world: World):
     world.use(Recipe("Masks", channels=("noNorm", "noNorm")), own=True)
     with pytest.raises(UserError, match="derive_tags=true"):
         world.construct(TRAINER)
+    assert not list(world.results.iterdir())
     world.settings(derive_tags=True)
     world.train(TRAINER)
     for folder in (world.raw, world.preprocessed):
@@ -177,8 +218,57 @@ def test_a_dataset_with_masks_is_refused_until_tags_are_to_be_derived_and_then_t
     before = weights(world)
     for path in (world.preprocessed / "gt_segmentations").glob(f"*{ENDING}"):
         path.write_bytes(b"no image")
+    world.settings()  # the table has them now
     world.elsewhere("again").train(TRAINER)
     assert same(before, weights(world))
+
+
+def test_cases_without_masks_get_no_tags_and_unknown_slices_are_an_error(world: World):
+    recipe = Recipe("SemiTwo", channels=("noNorm", "noNorm"), cases=6, unlabelled=3)
+    world.use(recipe, own=True).settings(derive_tags=True)
+    world.construct(TRAINER)
+    cases = read_json(world.preprocessed / "dataset.json")["dgplugins"]["cases"]
+    assert {name for name, case in cases.items() if "tags" in case} == {"case_0", "case_1", "case_2"}
+    world.use(Recipe("IgnoreTwo", channels=("noNorm", "noNorm"), ignore=True), own=True).settings(derive_tags=True)
+    with pytest.raises(UserError, match="its tag is unknown"):
+        world.construct(TRAINER)
+
+
+def test_z_scored_channels_are_warned_of(tagged: World):
+    tagged.use(replace(TAGGED, name="ZScored", channels=("T1", "T2")))
+    assert "ZScoreNormalization" in Path(tagged.construct(TRAINER).log_file).read_text()
+
+
+def test_the_learning_rate_stays_under_a_budget_of_steps(tagged: World):
+    (world := tagged).settings(epochs=50)
+    run = BudgetRun(world.construct(TRAINER), Budget(iterations=6))
+    run.train()
+    rates = run.trainer.logger.get_value("lrs", None)
+    assert len(rates) > 1
+    assert {float(rate) for rate in rates} == {1e-3}
+
+
+def test_a_modality_by_number_is_set_like_any_setting_and_a_wrong_one_is_refused(tagged: World):
+    tagged.use(TAGGED, own=True).no_settings()
+    words = ["configure", str(tagged.number), "-tr", TRAINER, "--set", "fusion=1", "-o", "Second"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert tagged.construct(TRAINER, plans="Second").settings.fusion == 1
+    for wrong in (2, "median"):
+        tagged.settings(fusion=wrong)
+        with pytest.raises(UserError, match="neither mean nor max nor a modality"):
+            tagged.elsewhere(f"wrong{wrong}").construct(TRAINER)
+        assert not list(tagged.results.iterdir())
+
+
+def test_how_maps_become_masks_may_change_after_training(tagged: World):
+    tagged.settings(epochs=2, iterations_per_epoch=8)
+    tagged.train(TRAINER)
+    before = tagged.predict(tagged.model(TRAINER))
+    tagged.settings(epochs=2, iterations_per_epoch=8, threshold=0.05, gate="none", fusion="max")
+    tagged.command(TRAINER, only_run_validation=True)
+    tagged.no_settings()
+    after = tagged.predict(tagged.model(TRAINER))
+    assert sum(int(x.sum()) for x in after) > sum(int(x.sum()) for x in before)
 
 
 def test_one_modality_several_classes_and_slices_of_one_kind_are_refused(tagged: World):
@@ -210,13 +300,14 @@ def test_padding_and_larger_slices_change_no_map(tagged: World):
     trainer = tagged.train(TRAINER)
     network = trainer.network.eval()
     images = torch.rand(1, 2, 30, 36) + 0.1
-    with torch.no_grad():
+    with pytest.warns(UserWarning, match="fills the whole patch"):
         plain = network(images)
+    with torch.no_grad():
         padded = network(torch.nn.functional.pad(images, (5, 9, 12, 3)))
         assert network(torch.rand(1, 2, 61, 47)).shape == (1, 2, 61, 47)
         empty = network(torch.zeros(1, 2, 16, 16))
-    torch.testing.assert_close(padded[..., 12:42, 5:41], plain, rtol=0, atol=0)
-    assert float(empty[:, 1].max()) < 0
+    torch.testing.assert_close(padded[..., 12:42, 5:41], plain.detach(), rtol=0, atol=0)
+    assert (empty[:, 1] == -20 * 0.5).all()  # a black slice is negative without asking the networks
     assert torch.isfinite(plain).all()
 
 
@@ -244,8 +335,28 @@ def test_equivariance_is_measured_before_and_after_training_on_the_same_slices(t
     assert "rotation" in shown.stdout
 
 
+def test_networks_that_look_at_single_pixels_move_perfectly_with_flips_and_turns():
+    torch.manual_seed(0)
+    network = CAMSegmenter(2, 16, (32, 32)).eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+            centre = layer.weight.data[:, :, 1, 1].clone()
+            layer.weight.data.zero_()
+            layer.weight.data[:, :, 1, 1] = centre
+    for one in network.members():
+        one.classifier.weight.data[1] = 1  # features are positive, so every map is
+    found = differences(network, torch.rand(5, 2, 32, 32))
+    for family in ("flipping", "rotation"):
+        assert found[family]["difference"] == pytest.approx(0, abs=1e-4)
+    assert found["translation"]["difference"] > 1e-3
+    for layer in network.members():
+        layer.classifier.weight.data.fill_(-1)
+    assert differences(network, torch.rand(2, 2, 32, 32))["rotation"]["relative"] is None
+
+
 def test_equivariance_wants_a_model_and_no_predictions(tagged: World, tmp_path: Path):
-    for words in (["--equivariance"], [str(tmp_path), "--equivariance", "--model", str(tmp_path)], []):
+    model = ["--equivariance", "--model", str(tmp_path)]
+    for words in (["--equivariance"], [str(tmp_path), *model], [], [*model, "--no-labels"], model):
         assert CliRunner().invoke(cli, ["evaluate", str(tagged.number), *words]).exit_code == 2
 
 

@@ -15,7 +15,7 @@ ROWS = [
     for line in (HERE.parent.parent / "docs" / "support.md").read_text().splitlines()
     if line.startswith("| ")
 ]
-VALUES = re.compile(r"works(, without effect|, not yet run on a GPU)?|refused")
+VALUES = re.compile(r"works(, without effect|, not yet run on a GPU)?|refused|stops")
 METHODS = sorted({info.module.rpartition(".")[2] for info in TRAINERS.values()})
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_dgplugins.content import Field, content_box, crop, margins
+from nnunet_dgplugins.content import Field, content_box, crop, margins, tiled_warning
 from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, Found, foreground_maps, fuse
 from nnunet_dgplugins.methods.equivariant.network import STRIDE, UNetCAM
 
 #: slope of the logit; the predictor adds tiles in half precision, where a slope of 1 would be too coarse
 SLOPE = 20.0
+_ABSENT = (1.0, 0.0)  # logits of a slice that shows nothing
 
 
 class CAMSegmenter(nn.Module):
@@ -28,10 +31,6 @@ class CAMSegmenter(nn.Module):
         dropout: before the classifier, in training.
     """
 
-    threshold: Tensor
-    fusion_code: Tensor
-    gated: Tensor
-
     def __init__(
         self,
         modalities: int,
@@ -43,48 +42,44 @@ class CAMSegmenter(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.field = field
-        self.networks = nn.ModuleList(UNetCAM(width_divisor, dropout=dropout) for _ in range(modalities))
-        # as buffers they travel with the weights: what a model was deployed with is what predicts
-        code = FUSIONS.index(fusion) - len(FUSIONS) if isinstance(fusion, str) else fusion
-        if not -len(FUSIONS) <= code < modalities:
+        if fusion not in (*FUSIONS, *range(modalities)):
             raise ValueError(f"fusion {fusion!r} names no modality of {modalities}.")
-        self.register_buffer("threshold", torch.tensor(threshold))
-        self.register_buffer("fusion_code", torch.tensor(code))
-        self.register_buffer("gated", torch.tensor(gated))
-
-    @property
-    def fusion(self) -> str | int:
-        """How the modalities' maps become one."""
-        code = int(self.fusion_code)
-        return FUSIONS[code] if code < 0 else code
+        self.field, self.threshold, self.fusion, self.gated = field, threshold, fusion, gated
+        self._warned = False
+        self.networks = nn.ModuleList(UNetCAM(width_divisor, dropout=dropout) for _ in range(modalities))
 
     def members(self) -> list[UNetCAM]:
         """The networks, one per modality."""
         return [network for network in self.networks if isinstance(network, UNetCAM)]
 
     def found(self, x: Tensor, kind: str = "cam") -> Found:
-        """Return logits (M, B, 2) and maps (B, M, H, W) of slices (B, M, H, W), zero-padded or not; 0 outside them."""
-        size = tuple(x.shape[-2:])
-        boxes, frames = [content_box(item) for item in x], [shown_in(item, self.field) for item in x]
-        maps = x.new_zeros((*x.shape[:2], *size), dtype=torch.float32)
-        logits = torch.empty(x.shape[1], len(x), 2, device=x.device)
+        """Return logits (M, B, 2) and maps (B, M, H, W) of slices (B, M, H, W), zero-padded or not.
+
+        Maps are 0 outside a slice's content; a slice of zeros is absent without asking the networks.
+        """
+        boxes = [content_box(item) for item in x]
+        frames = {index: shown_in(x[index], self.field) for index, box in enumerate(boxes) if box is not None}
+        maps = x.new_zeros(x.shape, dtype=torch.float32)
+        logits = torch.tensor(_ABSENT, device=x.device).repeat(x.shape[1], len(x), 1)
         with torch.autocast(x.device.type, enabled=False):
-            for shape in {frame.shape for frame in frames}:
-                chosen = [index for index, frame in enumerate(frames) if frame.shape == shape]
+            for shape in {frame.shape for frame in frames.values()}:
+                chosen = [index for index, frame in frames.items() if frame.shape == shape]
                 made = foreground_maps(self.members(), torch.stack([frames[index] for index in chosen]), kind)
                 logits[:, chosen] = made.logits
                 for place, index in enumerate(chosen):
-                    top, bottom, left, right = boxes[index] or (0, *size[:1], 0, *size[1:])
+                    top, bottom, left, right = boxes[index]  # type: ignore[misc]
                     maps[index, :, top:bottom, left:right] = unframed(made.maps[place], (bottom - top, right - left))
         return Found(logits, maps)
 
     def fused(self, found: Found) -> Tensor:
         """Return one map per slice (B, H, W), gated and fused as deployed."""
-        return fuse(found.gated() if bool(self.gated) else found.maps, self.fusion)
+        return fuse(found.gated() if self.gated else found.maps, self.fusion)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map slices (B, M, H, W) to logits (B, 2, H, W): 0, and 20 * (map - threshold), which wins above it."""
+        if not self._warned and (text := tiled_warning(x)):
+            self._warned = True
+            warnings.warn(text, stacklevel=2)
         present = SLOPE * (self.fused(self.found(x)) - self.threshold)
         return torch.stack([torch.zeros_like(present), present], 1)
 
@@ -97,9 +92,7 @@ def shown_in(image: Tensor, field: Field) -> Tensor:
 def framed(content: Tensor, field: Field) -> Tensor:
     """Return content (..., h, w) in the middle of a field of zeros; a larger one, of multiples of 8, where it must."""
     height, width = content.shape[-2:]
-    rows, columns = (
-        max(STRIDE * -(-size // STRIDE), least) for size, least in zip((height, width), field, strict=True)
-    )
+    rows, columns = (max(_rounded(size), least) for size, least in zip((height, width), field, strict=True))
     return F.pad(content, margins(height, width, (rows, columns)))
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import tqdm
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.folds import load_fold
+from nnunet_dgplugins.data.loaders import read_properties, read_slice
 from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, nnunet_folder
@@ -37,7 +39,8 @@ def measure_equivariance(
 ) -> dict[str, Any]:
     """Compare the map of a transformed slice with the transformed map of the slice, on positive validation slices.
 
-    The same slices and draws are shown to the trained networks and to those that training began with (same seed).
+    The same slices and draws are shown to the trained networks and to untrained ones of the same seed, which training
+    begins with unless it is given other weights.
 
     Args:
         model_folder: ``<Trainer>__<plans>__<configuration>`` of an equivariant model.
@@ -48,8 +51,8 @@ def measure_equivariance(
 
     Returns:
         ``slices``, and per family of transforms ``before`` and ``after``, each with ``difference`` (mean absolute
-        difference of both maps, over pixels, slices and modalities) and ``relative`` (the same over the maps' mean,
-        which an empty map cannot make small).
+        difference of both maps, over pixels, slices and modalities) and ``relative`` (the same over the maps' mean;
+        None where all maps are empty, which move with anything).
 
     Raises:
         UserError: the model is of another method, or the fold validates on no positive slice.
@@ -65,7 +68,7 @@ def measure_equivariance(
     say(f"{len(images)} positive validation slices, {_DRAWS} draws of each of {len(FAMILIES)} families, twice.")
     results: dict[str, Any] = {"slices": len(images)}
     for moment, network in (("before", _untrained(model)), ("after", _trained(model, content))):
-        for family, value in _differences(network.eval().to(place), images).items():
+        for family, value in differences(network.eval().to(place), images).items():
             results.setdefault(family, {})[moment] = value
     return results
 
@@ -98,19 +101,19 @@ def _positive_slices(model: Rebuilt, fold: int | str, field: tuple[int, int]) ->
     dataset = infer_dataset_class(str(folder))(str(folder), cases)
     found = []
     for case in cases:
-        data, _, _, properties = dataset.load_case(case)
+        properties = read_properties(dataset, case)
         tags = slice_tags(table, case, properties, model.plans.transpose_forward)
         for z in np.flatnonzero(tags):
-            image = torch.from_numpy(np.asarray(data[:, z], np.float32))
-            found.append(shown_in(image, field))
+            found.append(shown_in(torch.from_numpy(read_slice(dataset, case, int(z))), field))
     return torch.stack(found) if found else torch.empty(0)
 
 
-def _differences(network: CAMSegmenter, images: torch.Tensor) -> dict[str, dict[str, float]]:
+def differences(network: CAMSegmenter, images: torch.Tensor) -> dict[str, dict[str, float | None]]:
+    """Return the two numbers of each family for framed slices (N, M, H, W); the draws are always the same."""
     sums = {family: np.zeros(2) for family in FAMILIES}
     generator = torch.Generator().manual_seed(0)
     count = 0
-    for batch in images.split(_BATCH):
+    for batch in tqdm.tqdm(images.split(_BATCH), disable=None, desc="equivariance"):
         shown = batch.to(next(network.parameters()).device)
         plain = foreground_maps(network.members(), shown).maps
         count += len(batch)
@@ -122,7 +125,7 @@ def _differences(network: CAMSegmenter, images: torch.Tensor) -> dict[str, dict[
                 level = ((first + second) / 2).mean((1, 2, 3)).sum()
                 sums[family] += np.array([float(difference), float(level)]) / _DRAWS
     return {
-        family: {"difference": value / count, "relative": value / level if level else 0.0}
+        family: {"difference": value / count, "relative": value / level if level else None}
         for family, (value, level) in sums.items()
     }
 
