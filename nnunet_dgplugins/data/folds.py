@@ -43,7 +43,7 @@ def load_fold(
         table: case table; unlabelled cases and sites other than the source are left out of ``all`` and of new splits.
 
     Raises:
-        BadInput: the fold names cases that are not there or not labelled, parts a patient, or has none.
+        BadInput: the fold names cases that are not there or neither labelled nor tagged, parts a patient, or has none.
         UserError: too few cases for the default folds.
     """
     present = sorted(path.name[: -len(".pkl")] for path in data_folder.glob("*.pkl"))
@@ -62,10 +62,10 @@ def load_fold(
 
 
 def trainable(names: list[str], table: CaseTable | None) -> list[str]:
-    """Return the labelled cases of the source sites; every labelled case where no source is named."""
+    """Return the labelled or tagged cases of the source sites; those of every site where no source is named."""
     if table is None:
         return names
-    labelled = [name for name in names if name not in table.cases or table.cases[name].labelled]
+    labelled = [name for name in names if table.can_train(name)]
     return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
 
 

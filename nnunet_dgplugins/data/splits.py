@@ -1,6 +1,7 @@
-"""Folds by site and patient, derived from the case table. Only labelled cases are listed: stock trainers may use them.
+"""Folds by site and patient, derived from the case table.
 
-Importable without torch and without nnunetv2.
+Only labelled cases are listed, so that stock trainers may use the folds; of a weak dataset, which has image tags in
+place of masks, those with tags. Importable without torch and without nnunetv2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ VALIDATES_ON, TRAINING = "validates_on", "training cases"  # marks a fold whose 
 
 
 def k_fold(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
-    """Split the labelled cases of ``names`` into ``k`` folds by patient, each site spread evenly over the folds.
+    """Split the labelled (or tagged) cases of ``names`` into ``k`` folds by patient, each site spread evenly over them.
 
     Args:
         table: sites, patients and whether a case is labelled; a case it does not list is a labelled patient of its own.
@@ -124,8 +125,9 @@ def check(
             for name in split.get(side, []):
                 if name not in known:
                     problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{near(name, known)}"))
-                elif table is not None and name in table.cases and not table.cases[name].labelled:
-                    problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
+                elif table is not None and not table.can_train(name):
+                    expected = "cases with masks or image tags only"
+                    problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", expected))
         train, val = set(split.get("train", [])), set(split.get("val", []))
         if split.get(VALIDATES_ON) == TRAINING and train == val:
             continue
@@ -148,9 +150,9 @@ def check_site(table: CaseTable, site: str, names: Sequence[str]) -> None:
 
 
 def _patients(table: CaseTable, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return patient to labelled cases, in the order of ``names``."""
+    """Return patient to labelled or tagged cases, in the order of ``names``."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        if name not in table.cases or table.cases[name].labelled:
+        if table.can_train(name):
             groups.setdefault(table.patient_of(name), []).append(name)
     return groups

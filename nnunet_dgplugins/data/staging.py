@@ -42,8 +42,14 @@ def is_done(final: Path, digest: str) -> bool:
     return all(_size(final / name) == size for name, size in stamp["files"].items())
 
 
-def refuse_other_content(final: Path, digest: str, overwrite: bool) -> None:
+def refuse_other_content(final: Path, digest: str, overwrite: bool, described: str | None = None) -> None:
     """Refuse to mix with, or silently replace, a dataset of the same name that was made from something else.
+
+    Args:
+        final: the dataset's folder.
+        digest: hash of everything that is written.
+        overwrite: replace it.
+        described: hash that dataset.json carries, where it is another one.
 
     Raises:
         UserError: raw, preprocessed or results hold something else.
@@ -62,7 +68,7 @@ def refuse_other_content(final: Path, digest: str, overwrite: bool) -> None:
         if not root or not other.is_dir() or not any(other.iterdir()):
             continue
         known = list(_inputs_of(other)) or [stamp.get("input")]
-        if all(value == digest for value in known):
+        if all(value in (digest, described) for value in known):
             continue
         if not overwrite:
             raise UserError(
