@@ -1,7 +1,7 @@
 """Prostate MR of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022), Task05.
 
 Tree: ``Task05_Prostate/{imagesTr,labelsTr,imagesTs}/prostate_XX.nii.gz``. An image is 4-D, volume 0 T2 and
-volume 1 ADC on one grid. Labels hold 1 = peripheral and 2 = transition zone. The 16 images of ``imagesTs`` have no labels.
+volume 1 ADC on one grid. Labels hold 1 = peripheral and 2 = transition zone. The images of ``imagesTs`` have no labels.
 """
 
 from __future__ import annotations

@@ -63,11 +63,10 @@ def list_cases(root: Path, request: Request, listing: Listing) -> None:
                 if side == "val" and safe_name(patient) in fold["train"]:
                     text = f"patient {patient} is in {tree / 'train'} too"
                     _trouble(listing, place, text, patient, "a patient on one side of a fold")
-                if patient not in first:
-                    first[patient] = (place, slices)
-                elif _differ(first[patient][1], slices):
+                elif patient in first and _differ(first[patient][1], slices):
                     text = f"patient {patient} has other slices in {first[patient][0]}"
                     _trouble(listing, place, text, patient, "the same slices in every root")
+                first.setdefault(patient, (place, slices))
         listing.folds.append({side: sorted(patients) for side, patients in fold.items()})
     for patient, (place, slices) in sorted(first.items()):
         listing.cases.append(_case(patient, place, slices))

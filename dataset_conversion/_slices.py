@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dataset_conversion._facts import Stack
 from dataset_conversion._nifti import Unreadable, Volume, sizes
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # x to the right, y down, slices upwards as SimpleITK has it without a header: what nnU-Net would make of the pixels
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -30,9 +31,14 @@ def read_stack(stack: Stack) -> Volume:
     for path in stack.files:
         try:
             content = path.read_bytes()
+        except OSError as error:
+            raise Unreadable(f"{path.name} cannot be read ({error.strerror or error})") from error
+        if not content.startswith(SIGNATURE):
+            raise Unreadable(f"{path.name} is no PNG file")
+        try:
             pixels = np.asarray(pictures.imread(io.BytesIO(content)))
         except Exception as error:  # the readers behind scikit-image raise many kinds
-            raise Unreadable(f"{path.name} is not a readable picture ({error})") from error
+            raise Unreadable(f"{path.name} is a damaged PNG file ({error})") from error
         if pixels.ndim != 2:
             raise Unreadable(f"{path.name} is a colour picture, expected grey")
         if slices and pixels.shape != slices[0].shape[::-1]:

@@ -53,6 +53,20 @@ def test_a_fold_may_validate_on_its_training_cases_when_it_says_so(base: Path):
     assert load_fold(base, base / "nnUNetPlans_2d", 1, _table("A"))[:2] == (["A0", "A2"], ["A0", "A2"])
 
 
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_fold_may_list_cases_with_image_tags_in_place_of_masks(base: Path, fold: int | str):
+    cases = {name: Case(labelled=False, tags=[0, 1]) for name in NAMES}
+    (base / "splits_final.json").write_text(json.dumps([{"train": NAMES[1:], "val": NAMES[:1]}]))
+    train, val, _ = load_fold(base, base / "nnUNetPlans_2d", fold, CaseTable(cases))
+    assert sorted({*train, *val}) == NAMES
+    without = {**cases, "A3": Case(labelled=False)}
+    if fold == "all":
+        assert "A3" not in load_fold(base, base / "nnUNetPlans_2d", fold, CaseTable(without))[0]
+        return
+    with pytest.raises(BadInput, match="'A3' is not labelled"):
+        load_fold(base, base / "nnUNetPlans_2d", fold, CaseTable(without))
+
+
 def test_a_fold_that_says_so_must_have_the_same_cases_on_both_sides(base: Path):
     fold = {"train": ["A0", "A2"], "val": ["A0"], "validates_on": "training cases"}
     (base / "splits_final.json").write_text(json.dumps([fold]))

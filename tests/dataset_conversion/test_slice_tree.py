@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,9 +49,9 @@ def test_slices_are_stacked_by_number_and_tags_follow_them(roots: list[Path]) ->
         assert np.array_equal(sitk.GetArrayFromImage(written), expected)
         assert written.GetSpacing() == (1, 1, 1)
         assert written.GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)
-    assert json.loads((out / "dataset.json").read_text())["dgplugins"]["cases"]["case_1"] == {
-        "patient": "case_1", "labelled": False, "tags": TAGS, "original": "prostate_data_1/train/case_1, slices 8 to 12",
-    }  # fmt: skip
+    original = "prostate_data_1/train/case_1, slices 8 to 12"
+    content = json.loads((out / "dataset.json").read_text())["dgplugins"]["cases"]["case_1"]
+    assert content == {"patient": "case_1", "labelled": False, "tags": TAGS, "original": original}
     assert np.array_equal(read(out / "labelsVal" / "case_0.nii.gz"), mask())
     assert names(out / "labelsVal") == ["case_0", "case_3"]
     assert protocol(out)["spacing"] == "unknown, 1 mm written"
@@ -61,14 +62,15 @@ def test_the_folder_above_and_tar_files_give_the_same_bytes(roots: list[Path]) -
     content = {path.relative_to(first): path.read_bytes() for path in first.rglob("*") if path.is_file()}
     archives = [tar(roots[0], ".tar.gz"), tar(roots[1]), tar(roots[2])]
     for root, *more in ([roots[0].parent], archives):
-        again = convert(module, root, more_roots=tuple(more), overwrite=True)
+        shutil.rmtree(first)
+        again = convert(module, root, more_roots=tuple(more))
         assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == content
 
 
 def test_folders_may_have_other_names(tmp_path: Path, nnunet_folders: Path) -> None:
-    for side, patient in (("train", "BraTS19_CBICA_AAP_1"), ("val", "BraTS19_TMC_06290_1")):
-        slice_patient(tmp_path / "brats" / side, patient, len(patient), ("MR_T1", "MR_T2"))
-        slice_patient(tmp_path / "own" / side, patient, len(patient), ("imgs_r", "extra"), masks="labels_r")
+    for seed, (side, patient) in enumerate({"train": "BraTS19_CBICA_AAP_1", "val": "BraTS19_TMC_06290_1"}.items()):
+        slice_patient(tmp_path / "brats" / side, patient, 10 * seed, ("MR_T1", "MR_T2"))
+        slice_patient(tmp_path / "own" / side, patient, 10 * seed, ("imgs_r", "extra"), masks="labels_r")
     out = convert(module, tmp_path / "brats", modalities="T1,T2", name="BraTS Slices", label_name="tumour")
     assert out.name == "Dataset516_BraTS-Slices_tags"
     assert protocol(out)["modalities"] == ["T1", "T2"]
@@ -93,7 +95,7 @@ def test_everything_wrong_is_listed_at_once(roots: list[Path]) -> None:
     for part in (
         f"{train / 'ADC'}: no case_1_9",
         f"{train / 'GT'}: no case_1_10",
-        "case_2_12.png is not a readable picture",
+        "case_2_12.png is no PNG file",
         f"patient case_2 is in {train} too; expected a patient on one side of a fold",
         "the same slice as twice_008.png",
         "bent_9.png has 5x6 pixels, the first slice has 12x14",
@@ -131,8 +133,15 @@ def test_gaps_in_slice_numbers_are_noted(roots: list[Path], capsys: pytest.Captu
     assert read(out / "imagesTr" / "case_1_0000.nii.gz").shape == (12, 14, 4)
 
 
-@pytest.mark.parametrize(("name", "found"), [("../evil.png", "leaves the folder"), ("/evil.png", "an absolute path"),
-                                             ("a\\..\\evil.png", "leaves the folder"), ("C:/evil.png", "absolute")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("../evil.png", "leaves the folder"),
+        ("/evil.png", "an absolute path"),
+        ("a\\..\\evil.png", "leaves the folder"),
+        ("C:/evil.png", "an absolute path"),
+    ],
+)
 def test_an_archive_that_would_write_elsewhere_is_refused(
     roots: list[Path], tmp_path: Path, name: str, found: str
 ) -> None:
