@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,24 +53,34 @@ def list_cases(root: Path, request: Request, listing: Listing) -> None:
     )
     names = _folder_names(channels, request)
     first: dict[str, tuple[Path, Slices]] = {}  # patient to the place it was found at first
-    listing.folds = []
-    for tree in [tree for path in (root, *request.more_roots) for tree in _trees(path, listing)]:
-        fold: dict[str, dict[str, None]] = {side: {} for side in SIDES}
-        for side in SIDES:
-            for patient, slices in _patients(tree / side, names, listing).items():
-                place = tree / side
-                fold[side][safe_name(patient)] = None
-                if side == "val" and safe_name(patient) in fold["train"]:
-                    text = f"patient {patient} is in {tree / 'train'} too"
-                    _trouble(listing, place, text, patient, "a patient on one side of a fold")
-                elif patient in first and _differ(first[patient][1], slices):
-                    text = f"patient {patient} has other slices in {first[patient][0]}"
-                    _trouble(listing, place, text, patient, "the same slices in every root")
-                first.setdefault(patient, (place, slices))
-        listing.folds.append({side: sorted(patients) for side, patients in fold.items()})
-    for patient, (place, slices) in sorted(first.items()):
-        listing.cases.append(_case(patient, place, slices))
-    _note_gaps({patient: slices for patient, (_, slices) in first.items()}, listing)
+    trees = [tree for path in (root, *request.more_roots) for tree in _trees(path, listing)]
+    listing.folds = [_fold(tree, names, first, listing) for tree in trees]
+    listing.cases = [_case(patient, place, slices) for patient, (place, slices) in sorted(first.items())]
+    listing.warnings.append("PNG files carry no spacing; 1 mm is written in all directions")
+    gaps = [patient for patient, (_, slices) in sorted(first.items()) if max(slices) - min(slices) + 1 > len(slices)]
+    if gaps:
+        some = ", ".join(gaps[:5]) + (", ..." if gaps[5:] else "")
+        listing.warnings.append(f"slice numbers of {len(gaps)} patients have gaps ({some}); their slices are stacked")
+
+
+def _fold(
+    tree: Path, names: Sequence[Sequence[str]], first: dict[str, tuple[Path, Slices]], listing: Listing
+) -> dict[str, list[str]]:
+    """Return who trains and who validates in a root, and note in ``first`` the patients that are new."""
+    fold: dict[str, set[str]] = {side: set() for side in SIDES}
+    for side in SIDES:
+        place = tree / side
+        for patient, slices in _patients(place, names, listing).items():
+            case = safe_name(patient)
+            fold[side].add(case)
+            if side == "val" and case in fold["train"]:
+                text = f"patient {patient} is in {tree / 'train'} too"
+                _trouble(listing, place, text, patient, "a patient on one side of a fold")
+            elif patient in first and _differ(first[patient][1], slices):
+                text = f"patient {patient} has other slices in {first[patient][0]}"
+                _trouble(listing, place, text, patient, "the same slices in every root")
+            first.setdefault(patient, (place, slices))
+    return {side: sorted(cases) for side, cases in fold.items()}
 
 
 def _trouble(listing: Listing, where: Path, found: str, patient: str, expected: str = "") -> None:
@@ -174,14 +184,6 @@ def _case(patient: str, place: Path, slices: Slices) -> SourceCase:
     stacks = tuple(Stack(files) for files in images)
     original = f"{place.parent.name}/{place.name}/{patient}, slices {min(slices)} to {max(slices)}"
     return SourceCase(safe_name(patient), stacks, Stack(masks, mask=True), "", patient, original)
-
-
-def _note_gaps(patients: Mapping[str, Slices], listing: Listing) -> None:
-    gaps = [patient for patient, slices in patients.items() if max(slices) - min(slices) + 1 > len(slices)]
-    listing.warnings.append("PNG files carry no spacing; 1 mm is written in all directions")
-    if gaps:
-        some = ", ".join(sorted(gaps)[:5]) + (", ..." if gaps[5:] else "")
-        listing.warnings.append(f"slice numbers of {len(gaps)} patients have gaps ({some}); their slices are stacked")
 
 
 command = make_command(

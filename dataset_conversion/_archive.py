@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import zlib
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -40,7 +41,7 @@ def unpack(archive: Path, folder: Path, endings: Collection[str]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with content, target.open("wb") as written:
                     shutil.copyfileobj(content, written)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive}: cannot be unpacked ({error}). Download it again.") from error
 
 

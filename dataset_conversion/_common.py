@@ -50,6 +50,7 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
 
 
 def _convert(facts: Facts, list_cases: ListCases, request: Request, listing: Listing) -> Path:
+    """Convert while the listing's resources are there."""
     final, plan, problems = _prepare(facts, list_cases, request, listing)
     reports = _check(plan)
     problems += _problems(plan, reports, final.parent)

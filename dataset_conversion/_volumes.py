@@ -289,7 +289,8 @@ def write_case(
         or any(not path.exists() and not as_is for path, as_is in zip(image_paths, checked.image_as_is, strict=True))
     )
     volumes = [_read(source, _frame(case, i)) for i, source in enumerate(case.images)] if need_volumes else []
-    label = _label(case, recipe, volumes[0].array.shape) if need_volumes and mask_path is not None else None
+    need_label = need_mask if tag_path is not None else need_volumes  # to drop slices of images, the mask says which
+    label = _label(case, recipe, volumes[0].array.shape) if need_label else None
     cut = organ_range(label) if label is not None and case.masks and recipe.drop_empty_slices else slice(None)
     for index, (source, target) in enumerate(zip(case.images, image_paths, strict=True)):
         if target.exists():

@@ -117,7 +117,10 @@ class CaseTable:
         return case.site if case else None
 
     def can_train(self, name: str) -> bool:
-        """Return whether a fold may list a case: it has masks or image tags, or the table does not know it."""
+        """Return whether a fold may list a case: it has masks or, in a weak dataset, image tags.
+
+        A case that the table does not know is taken for a labelled one.
+        """
         case = self.cases.get(name)
         return case is None or case.labelled or case.tags is not None
 

@@ -212,6 +212,22 @@ def test_lost_and_cut_files_of_a_weak_dataset_come_back(source: Source, tmp_path
     assert bytes_of(out) == before
 
 
+def test_files_that_need_no_change_are_links_and_come_back_as_links(root: Path) -> None:
+    fold = json.loads((convert(brats_module, root) / "splits_final.json").read_text())[0]
+    save(seg(root, fold["val"][0]), mask((1,)), AFFINE)
+    out = convert(brats_module, root, link=True, overwrite=True)
+    truth = out / "labelsVal" / f"{fold['val'][0]}.nii.gz"
+    lost = out / "labelsTr" / truth.name
+    assert truth.is_symlink()
+    assert next((out / "imagesTr").iterdir()).is_symlink()
+    assert not lost.is_symlink()
+    for path in (truth, lost):
+        path.unlink()
+        convert(brats_module, root, link=True)
+    assert truth.is_symlink()
+    assert read(lost).any(axis=(0, 1)).astype(int).tolist() == TAGS
+
+
 def test_several_processes_write_the_same_bytes_as_one(tmp_path: Path, nnunet_folders: Path) -> None:
     root = slice_tree(tmp_path / "in")
     out = convert(slices_module, root)
