@@ -29,18 +29,12 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         help_text: first lines of ``--help``.
         more: further option decorators, whose values become fields of the request.
     """
-    sites = ", ".join(site.name for site in facts.sites)
-
     options: list[Callable[..., Any]] = [
         click.argument("root", type=click.Path(path_type=Path)),
         click.option("--id", "dataset_id", type=click.IntRange(1, 999), default=facts.dataset_id, show_default=True,
                      help="nnU-Net's dataset id."),
-        click.option("--source", "sources", multiple=True, metavar="SITE",
-                     help=f"Site to train on; may be repeated. Sites: {sites}. [default: every one but the targets]"),
-        click.option("--target", "targets", multiple=True, metavar="SITE",
-                     help="Site to test on; may be repeated. [default: every one but the sources]"),
+        *(_supervision() if facts.tags else _sites(facts)),
         click.option("--exclude", multiple=True, metavar="CASE", help="Case to leave out; may be repeated."),
-        click.option("--drop-empty-slices", is_flag=True, help="Cut volumes to the slices that show organ."),
         click.option("--copy/--link", "copy", default=True, show_default=True,
                      help="Copy files, or link those that need no change."),
         click.option("--overwrite", is_flag=True, help="Replace an earlier conversion of other input or options."),
@@ -66,7 +60,7 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         options.append(click.option("--split", type=choice, help=f"{text}. [default: {default}]"))
 
     def callback(copy: bool, **options: Any) -> None:
-        if not options["sources"] and not options["targets"]:
+        if not facts.tags and not options["sources"] and not options["targets"]:
             raise click.UsageError("Missing option '--source' (sites to train on) or '--target' (sites to test on).")
         from dataset_conversion._common import convert
 
@@ -77,6 +71,28 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         wrapped = option(wrapped)
     settings = {"help_option_names": ["-h", "--help"]}
     return click.command(facts.command, help=help_text, context_settings=settings)(wrapped)
+
+
+def _sites(facts: Facts) -> list[Callable[..., Any]]:
+    """Return the options of sources with several sites."""
+    sites = ", ".join(site.name for site in facts.sites)
+    return [
+        click.option("--source", "sources", multiple=True, metavar="SITE",
+                     help=f"Site to train on; may be repeated. Sites: {sites}. [default: every one but the targets]"),
+        click.option("--target", "targets", multiple=True, metavar="SITE",
+                     help="Site to test on; may be repeated. [default: every one but the sources]"),
+        click.option("--drop-empty-slices", is_flag=True, help="Cut volumes to the slices that show organ."),
+    ]  # fmt: skip
+
+
+def _supervision() -> list[Callable[..., Any]]:
+    """Return the options of sources that can become a weak dataset."""
+    return [
+        click.option("--supervision", type=click.Choice(["tags", "masks"]), default="tags", show_default=True,
+                     help="Weak dataset with one tag (present or not) per slice, or its fully supervised twin."),
+        click.option("--min-pixels", type=click.IntRange(1), default=1, show_default=True,
+                     help="Foreground pixels that make a slice's tag positive."),
+    ]  # fmt: skip
 
 
 def _few_labels(facts: Facts) -> list[Callable[..., Any]]:

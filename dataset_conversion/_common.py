@@ -7,58 +7,26 @@ A killed conversion continues there; every file is written in one step, a stamp 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dataset_conversion import _labelled
-from dataset_conversion._facts import WITHOUT, Facts, ListCases, Listing, Request, SourceCase
-from dataset_conversion._protocols import PROTOCOLS
+from dataset_conversion import _labelled, _tags
+from dataset_conversion._facts import Facts, ListCases, Listing, Request, SourceCase
+from dataset_conversion._plan import Plan, make_plan
+from dataset_conversion._protocols import PROTOCOLS, shares
 from nnunet_dgplugins import __version__
 from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
-from nnunet_dgplugins.data.names import near
 from nnunet_dgplugins.data.splits import SPLITS, Split
+from nnunet_dgplugins.data.splits import check as check_folds
 from nnunet_dgplugins.errors import BadInput, Problem, UserError
 from nnunet_dgplugins.files import RAW, content_hash, human_bytes, nnunet_folder, require_disk, write_json
 
 if TYPE_CHECKING:
     from dataset_conversion._volumes import Checked
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything decided before a file is written."""
-
-    facts: Facts
-    request: Request
-    sources: list[str]
-    targets: list[str]
-    name: str
-    cases: list[SourceCase]
-    shares: list[tuple[str, int, int]]  # group of source patients, how many are labelled, how many are annotated
-    keep_zones: bool
-
-    @property
-    def labels(self) -> Mapping[str, int]:
-        labels = (self.facts.zone_labels or {}) if self.keep_zones else self.facts.labels
-        return {**labels, "ignore": self.ignore} if any(case.label is None for case in self.cases) else labels
-
-    @property
-    def ignore(self) -> int:
-        """Value that fills the labels of unlabelled cases; nnU-Net wants the one after the last label."""
-        return 1 + max(self.mapping.values())
-
-    @property
-    def split(self) -> str:
-        return self.request.split or ("labelled" if self.request.few_labels else self.facts.splits[0])
-
-    @property
-    def mapping(self) -> Mapping[int, int]:
-        return (self.facts.zone_mapping or {}) if self.keep_zones else self.facts.mapping
 
 
 def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
@@ -76,46 +44,54 @@ def convert(facts: Facts, list_cases: ListCases, request: Request) -> Path:
         BadInput: every problem of the input; nothing is written.
         UserError: the id holds other content, a folder is missing, or an option makes no sense.
     """
-    final, plan, listing = _prepare(facts, list_cases, request)
+    listing = Listing()
+    with listing.resources:
+        return _convert(facts, list_cases, request, listing)
+
+
+def _convert(facts: Facts, list_cases: ListCases, request: Request, listing: Listing) -> Path:
+    """Convert while the listing's resources are there."""
+    final, plan, problems = _prepare(facts, list_cases, request, listing)
     reports = _check(plan)
-    problems = listing + _problems(plan, reports, final.parent)
+    problems += _problems(plan, reports, final.parent)
     for report in reports:
         for warning in report.warnings:
             click.echo(f"Note: {warning}", err=True)
     if problems:
         raise BadInput(f"{facts.command}, {request.root}", problems)
-    digest = _digest(plan, reports)
+    folds, test = _split(plan, reports)
+    val = {name for fold in folds for name in fold["val"]}
+    digest = _digest(plan, reports, folds, test, test | val)
+    described = _digest(plan, reports, folds, test) if plan.weak else digest  # dataset.json tells nothing of masks
     if staging.is_done(final, digest):
         click.echo(f"{plan.name} is there already, made from the same input: nothing to do.")
         return final
-    table = _table(plan, digest)
-    labelled = [case.name for case in plan.cases if case.site in plan.sources and case.label is not None]
-    if not labelled:
-        raise UserError(f"{request.root}: no annotated case of {', '.join(plan.sources)} is left to train on.")
-    held_out, folds = PROTOCOLS[plan.split](table, labelled)
-    test = {case.name for case in plan.cases if case.site not in plan.sources or case.name in held_out}
-    staging.refuse_other_content(final, digest, request.overwrite)
+    staging.refuse_other_content(final, digest, request.overwrite, described)
     _show_sites(plan, reports)
+    if plan.weak:
+        click.echo(_tags.summary(reports, test, val))
     folder = staging.start(final, digest)
-    _write(plan, reports, test, folder)
-    _describe(plan, table, folds, len(plan.cases) - len(test), folder)
+    _write(plan, reports, test, val, folder)
+    _describe(plan, _table(plan, reports, test, described), folds, len(plan.cases) - len(test), folder)
     staging.finish(folder, final, digest)
     number = plan.name[7:10]
     click.echo(f"Wrote {final}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
     return final
 
 
-def _prepare(facts: Facts, list_cases: ListCases, request: Request) -> tuple[Path, _Plan, list[Problem]]:
+def _prepare(
+    facts: Facts, list_cases: ListCases, request: Request, listing: Listing
+) -> tuple[Path, Plan, list[Problem]]:
     """List the cases and say what lies ahead; returns the final folder, the plan and the tree's problems."""
     raw = nnunet_folder(RAW)
     _labelled.check(request)
-    listing = Listing()
+    _tags.check(facts, request)
     list_cases(request.root, request, listing)
-    plan = _plan(facts, request, listing)
+    plan = make_plan(listing.facts or facts, request, listing)
     staging.refuse_other_names(plan.name)
     for warning in listing.warnings:
         click.echo(f"Note: {warning}", err=True)
-    paths = {path for case in plan.cases for path in (*case.images, *case.masks)}
+    paths = {path for case in plan.cases for path in case.files}
     size = sum(path.stat().st_size for path in paths)
     click.echo(f"Checking {len(plan.cases)} cases, {len(paths)} files, {human_bytes(size)}.")
     chosen = {*plan.sources, *plan.targets}
@@ -127,64 +103,16 @@ def _prepare(facts: Facts, list_cases: ListCases, request: Request) -> tuple[Pat
     return raw / plan.name, plan, problems
 
 
-def _plan(facts: Facts, request: Request, listing: Listing) -> _Plan:
-    """Choose source and target sites and the cases that go with them."""
-    found = {case.site for case in listing.cases} | {trouble.site for trouble in listing.troubles if trouble.site}
-    if not found and not listing.troubles:
-        raise UserError(f"{request.root}: no cases found for {facts.command}; docs/data.md shows the expected tree.")
-    sources, targets, title = _sites(facts, request, found)
-    for site in [*sources, *targets]:
-        if site not in found:
-            raise UserError(f"{request.root}: no cases of {site}; found {', '.join(sorted(found))}.")
-    both = sorted(set(sources) & set(targets))
-    if both:
-        raise UserError(f"{', '.join(both)}: named as source and as target.")
-    if request.zones == "keep" and facts.zone_labels is None:
-        raise UserError(f"{facts.command}: this source has no zones to keep; use --zones merge.")
-    names = {case.name for case in listing.cases} | {trouble.case for trouble in listing.troubles if trouble.case}
-    names |= {f"{case.site}_{case.patient}" for case in listing.cases}
-    for name in request.exclude:
-        if name not in names:
-            raise UserError(f"--exclude {name}: no such case{near(name, names)}")
-    rank = {site.name: index for index, site in enumerate(facts.sites)}
-    chosen = {*sources, *targets}
-    cases = [case for case in listing.cases if case.site in chosen and not case.answers_to(request.exclude)]
-    cases.sort(key=lambda case: (rank[case.site], case.order, case.name))
-    shares = [(name, count, len(patients)) for name, patients, count in _labelled.groups(cases, sources, request)]
-    cases = _labelled.choose(cases, sources, request)
-    number = facts.dataset_id if request.dataset_id is None else request.dataset_id
-    name = f"Dataset{number:03d}_{facts.name}_{title}"
-    return _Plan(facts, request, sources, targets, name, cases, shares, request.zones == "keep")
-
-
-def _sites(facts: Facts, request: Request, found: set[str]) -> tuple[list[str], list[str], str]:
-    """Return source sites, target sites and how the dataset's name says it; what the user left open is the rest."""
-    named = list(dict.fromkeys(facts.site(text).name for text in request.sources))
-    targets = [facts.site(text).name for text in request.targets]
-    without = [name for name in named if name.startswith(WITHOUT)]
-    if without and (len(named) > 1 or targets):
-        raise UserError(f"--source {without[0]} says all there is to say; leave out the other --source and --target.")
-    targets = [name[len(WITHOUT) :] for name in without] or targets
-    sources = [name for name in named if name not in without]
-    rest = [site.name for site in facts.sites if site.default and site.name in found - {*sources, *targets}]
-    if sources:
-        return sources, targets or rest, "-".join(sources)
-    if not targets:
-        raise UserError(f"{facts.command}: name the sites to train on (--source) or those to test on (--target).")
-    if not rest:
-        raise UserError(f"{request.root}: no site is left to train on; found {', '.join(sorted(found))}.")
-    return rest, targets, WITHOUT + "-".join(targets)
-
-
-def _recipe(plan: _Plan, case: SourceCase) -> Any:
+def _recipe(plan: Plan, case: SourceCase) -> Any:
     from dataset_conversion._volumes import Recipe
 
     window = plan.facts.window if case.site in plan.facts.window_sites else None
     drop = plan.request.drop_empty_slices
-    return Recipe(dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters)
+    pixels = plan.request.min_pixels if plan.weak else 0
+    return Recipe(dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters, pixels)
 
 
-def _check(plan: _Plan) -> list[Checked]:
+def _check(plan: Plan) -> list[Checked]:
     """Return the report of each case, in the plan's order."""
     from dataset_conversion import _volumes
     from nnunet_dgplugins import parallel
@@ -193,7 +121,7 @@ def _check(plan: _Plan) -> list[Checked]:
     return parallel.run("Checking", _volumes.check_case, arguments, plan.request.jobs)
 
 
-def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
+def _problems(plan: Plan, reports: list[Checked], raw: Path) -> list[Problem]:
     """Return the problems of the cases and those that only show between cases."""
     problems = [problem for report in reports for problem in report.problems]
     for name, count in Counter(case.name for case in plan.cases).items():
@@ -212,6 +140,8 @@ def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
             problems.append(Problem(paths, "the same image twice, a duplicate patient", fix=fix))
     if plan.keep_zones:
         problems += _zone_problems(plan, reports)
+    if plan.weak and reports and not problems:
+        problems += _tags.problems(plan.request.root, reports, plan.request.min_pixels)
     try:
         require_disk(raw, sum(report.bytes for report in reports), plan.name)
     except UserError as error:
@@ -219,7 +149,7 @@ def _problems(plan: _Plan, reports: list[Checked], raw: Path) -> list[Problem]:
     return problems
 
 
-def _zone_problems(plan: _Plan, reports: list[Checked]) -> list[Problem]:
+def _zone_problems(plan: Plan, reports: list[Checked]) -> list[Problem]:
     zones = {value for value, written in plan.mapping.items() if written > 1}
     with_zones = {case.site for case, report in zip(plan.cases, reports, strict=True) if zones & set(report.values)}
     without = [site for site in dict.fromkeys(case.site for case in plan.cases) if site not in with_zones]
@@ -234,52 +164,61 @@ def _zone_problems(plan: _Plan, reports: list[Checked]) -> list[Problem]:
     ]
 
 
-def _digest(plan: _Plan, reports: list[Checked]) -> str:
-    """Return the hash of everything the written bytes depend on."""
+def _split(plan: Plan, reports: list[Checked]) -> tuple[list[Split], set[str]]:
+    """Return the folds and the names of the test cases."""
+    labelled = [case.name for case in plan.cases if case.site in plan.sources and case.label is not None]
+    if not labelled:
+        named = ", ".join(filter(None, plan.sources)) or plan.facts.command
+        raise UserError(f"{plan.request.root}: no annotated case of {named} is left to train on.")
+    table = _table(plan, reports)
+    held_out: list[str] = []
+    if plan.folds is not None:
+        kept = set(labelled)
+        folds = [{side: [name for name in names if name in kept] for side, names in fold.items()}
+                 for fold in plan.folds]  # fmt: skip
+        if wrong := check_folds(folds, table, labelled):
+            raise BadInput(f"The folds of {plan.request.root}", wrong)
+    elif plan.split == "shares":
+        strata = {case.name: case.stratum for case in plan.cases}
+        held_out, folds = shares(table, labelled, strata, plan.request.val, plan.request.test, plan.seed)
+    else:
+        held_out, folds = PROTOCOLS[plan.split](table, labelled)
+    return folds, {case.name for case in plan.cases if case.site not in plan.sources or case.name in held_out}
+
+
+def _digest(plan: Plan, reports: list[Checked], folds: list[Split], test: set[str], seen: Collection[str] = ()) -> str:
+    """Return the hash of everything the written bytes depend on; of a weak dataset, masks of ``seen`` cases only."""
+
+    def content(case: SourceCase, report: Checked) -> list[Any]:
+        if plan.weak:
+            return _tags.evidence(case, report, case.name in test, case.name in seen)
+        # a file of several frames stays the same when the frame wanted from it is another
+        return [*([] if case.frame is None else [case.frame]), *report.files]
+
     return content_hash(
         {
             "format": staging.FORMAT,
             "name": plan.name,
-            "options": _options(plan),
+            "options": plan.options(),
             "cases": [
-                # a file of several frames stays the same when the frame wanted from it is another
-                [case.name, case.site, case.patient, *([] if case.frame is None else [case.frame]), *report.files]
+                [case.name, case.site, case.patient, *content(case, report)]
                 for case, report in zip(plan.cases, reports, strict=True)
             ],
+            **({"folds": folds, "test": sorted(test)} if plan.facts.tags else {}),  # the tree says them, not an option
         }
     )
 
 
-def _options(plan: _Plan) -> dict[str, Any]:
-    request = plan.request
-    options = {
-        "converter": plan.facts.command,
-        "zones": request.zones,
-        "split": plan.split,
-        "drop_empty_slices": request.drop_empty_slices,
-        "excluded": sorted(request.exclude),
-    }
-    # said where they were given, so that what was converted without them is still known as the same
-    few: dict[str, Any] = {
-        "ratio": request.ratio,
-        "labelled": request.labelled,
-        "unannotated": request.unannotated or None,
-    }
-    few["protocol"] = request.count if request.ratio is not None and len(plan.facts.counts) > 1 else None
-    few["frames"] = request.frames if any(case.frame is not None for case in plan.cases) else None
-    return {**options, **{key: value for key, value in few.items() if value is not None}}
-
-
-def _show_sites(plan: _Plan, reports: list[Checked]) -> None:
+def _show_sites(plan: Plan, reports: list[Checked]) -> None:
     """Print what the user should glance at: cases, sizes, spacing and labels of each site."""
     click.echo(f"{'site':8} {'part':6} {'cases':>5}  {'size (x, y, slices)':24} {'spacing in mm':24} label values")
     for site in dict.fromkeys(case.site for case in plan.cases):
         own = [report for case, report in zip(plan.cases, reports, strict=True) if case.site == site]
-        part = "train" if site in plan.sources else "test"
+        part = "all" if plan.facts.tags else "train" if site in plan.sources else "test"
         values = " ".join(map(str, sorted({value for report in own for value in report.values})))
         shapes = ", ".join(_range([report.shape[axis] for report in own]) for axis in range(3))
         spacing = ", ".join(_range([round(report.spacing[axis], 3) for report in own]) for axis in range(3))
-        click.echo(f"{site:8} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
+        click.echo(f"{site or '-':8} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
     unlabelled = sum(case.label is None for case in plan.cases)
     if unlabelled:
         for name, count, patients in plan.shares:
@@ -294,15 +233,18 @@ def _range(numbers: list[Any]) -> str:
     return f"{low}" if low == high else f"{low}-{high}"
 
 
-def _table(plan: _Plan, digest: str) -> CaseTable:
+def _table(plan: Plan, reports: list[Checked], test: Collection[str] = (), digest: str = "") -> CaseTable:
+    source = plan.sources[0] if len(plan.sources) == 1 else plan.sources
     return CaseTable(
         cases={
-            case.name: Case(case.site, case.patient, labelled=case.label is not None, original=case.original)
-            for case in plan.cases
+            case.name: _tags.table_entry(case, report, case.name in test)
+            if plan.weak
+            else Case(case.site or None, case.patient, labelled=case.label is not None, original=case.original)
+            for case, report in zip(plan.cases, reports, strict=True)
         },
-        source=plan.sources[0] if len(plan.sources) == 1 else plan.sources,
+        source=None if plan.facts.tags else source,
         protocol={
-            **_options(plan),
+            **plan.options(),
             **({"simulated": True} if plan.facts.simulated else {}),
             "input": digest,
             "version": __version__,
@@ -310,12 +252,12 @@ def _table(plan: _Plan, digest: str) -> CaseTable:
     )
 
 
-def _write(plan: _Plan, reports: list[Checked], test: set[str], folder: Path) -> None:
+def _write(plan: Plan, reports: list[Checked], test: set[str], val: set[str], folder: Path) -> None:
     from dataset_conversion import _volumes
     from nnunet_dgplugins import parallel
 
     arguments = [
-        (case, _recipe(plan, case), report, folder, "Ts" if case.name in test else "Tr")
+        (case, _recipe(plan, case), report, folder, "Ts" if case.name in test else "Tr", case.name in val)
         for case, report in zip(plan.cases, reports, strict=True)
     ]
     try:
@@ -324,16 +266,18 @@ def _write(plan: _Plan, reports: list[Checked], test: set[str], folder: Path) ->
         raise UserError(f"{folder}: writing stopped ({error}). Run the same command again, it continues.") from error
 
 
-def _describe(plan: _Plan, table: CaseTable, folds: list[Split], count: int, folder: Path) -> None:
+def _describe(plan: Plan, table: CaseTable, folds: list[Split], count: int, folder: Path) -> None:
     """Write the folds and dataset.json; a repaired dataset keeps those it has, they may have been edited."""
     if not folds:
         click.echo("Note: one patient only, so there are no folds; train with fold 'all'.", err=True)
     elif not (folder / SPLITS).exists():
         write_json(folder / SPLITS, folds)
+    if plan.weak:
+        _tags.write_image_tags(folder, dict(table.cases))
     if not (folder / "dataset.json").exists():
         content = {
             "name": plan.name[11:],
-            "channel_names": dict(plan.facts.channel_names),
+            "channel_names": plan.channel_names,
             "labels": dict(plan.labels),
             "numTraining": count,
             "file_ending": ".nii.gz",

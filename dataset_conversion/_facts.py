@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from nnunet_dgplugins.errors import Problem, UserError, nearest
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from nnunet_dgplugins.data.splits import Split
 
 WITHOUT = "without_"  # in names of datasets and sources: trained on every site but the one that follows
 VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
@@ -51,6 +54,30 @@ class Raters:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A volume that lies in one picture per slice.
+
+    Args:
+        files: the slices in order.
+        mask: any pixel but 0 is foreground (files hold 0/255, 0/1 or 0/1/2), read as 1.
+    """
+
+    files: tuple[Path, ...]
+    mask: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names of the first and the last slice."""
+        return f"{self.files[0].name} to {self.files[-1].name}"
+
+    def __str__(self) -> str:
+        return f"{self.files[0]} to {self.files[-1].name}"
+
+
+Source = Path | Stack  # what one image or mask is read from
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything a source dataset's converter knows before it opens a file.
 
@@ -74,6 +101,8 @@ class Facts:
         reference: where the data come from.
         licence: what the data may be used for, as far as known.
         simulated: whether the sites are made by a program; said in the case table and in every study's tables.
+        tags: whether the dataset can be a weak one, of image tags in place of masks (:mod:`dataset_conversion._tags`).
+            Such sources have several modalities, no source and target sites, and ``sites`` is empty.
     """
 
     command: str
@@ -95,6 +124,7 @@ class Facts:
     reference: str = ""
     licence: str = ""
     simulated: bool = False
+    tags: bool = False
 
     def site(self, text: str) -> Site:
         """Return the site that ``text`` means; ``without_X`` stands for every site but X, as one source.
@@ -116,9 +146,9 @@ class SourceCase:
 
     Args:
         name: case id in nnU-Net, already safe in file names.
-        images: one file per channel.
+        images: one file or stack of slices per channel.
         label: voxel annotation; None for an unlabelled case, whose label is filled with the ignore value.
-        site: name of the site.
+        site: name of the site; empty where it is not known.
         patient: patient within the site.
         original: path of the first image relative to the download's root.
         order: position within the site; numbers count as numbers.
@@ -126,11 +156,13 @@ class SourceCase:
         frame: time point of images and label, counted from 0; None where files hold one volume.
         centre: part of the site whose patients a published protocol counts by themselves.
         spare: a case without annotation that is used only while all of its patient is unlabelled.
+        volumes: which volume of its file each image is, where one file holds the channels; empty where it does not.
+        stratum: patients of which a random split gives each part its share (grade of the tumour).
     """
 
     name: str
-    images: tuple[Path, ...]
-    label: Path | None
+    images: tuple[Source, ...]
+    label: Source | None
     site: str
     patient: str
     original: str
@@ -139,11 +171,19 @@ class SourceCase:
     frame: int | None = None
     centre: str = ""
     spare: bool = False
+    volumes: tuple[int, ...] = ()
+    stratum: str = ""
 
     @property
-    def masks(self) -> tuple[Path, ...]:
+    def masks(self) -> tuple[Source, ...]:
         """Every mask that is read; none of an unlabelled case."""
         return () if self.label is None else (self.label, *self.raters)
+
+    @property
+    def files(self) -> set[Path]:
+        """Every file that is read."""
+        sources = (*self.images, *self.masks)
+        return {file for source in sources for file in (source.files if isinstance(source, Stack) else (source,))}
 
     def answers_to(self, names: Collection[str]) -> bool:
         """Return whether one of ``names`` is this case or its whole patient (``<site>_<patient>``)."""
@@ -161,11 +201,23 @@ class Trouble:
 
 @dataclass
 class Listing:
-    """What a converter found: cases, and everything that is wrong with the tree."""
+    """What a converter found: cases, and everything that is wrong with the tree.
+
+    Args:
+        cases: every case of the tree.
+        troubles: everything wrong with it.
+        warnings: what the user should know.
+        facts: the converter's facts as the request changes them; None for no change.
+        folds: the tree's own folds; None where the converter splits.
+        resources: what must live until the last file is written, such as a folder with an unpacked archive.
+    """
 
     cases: list[SourceCase] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    facts: Facts | None = None
+    folds: list[Split] | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
 
 
 ListCases = Callable[[Path, "Request", Listing], None]
@@ -193,6 +245,18 @@ class Request:
         count: one of the facts' ``counts``.
         unannotated: take the patients of source sites that the download has no masks for as unlabelled cases.
         frames: time points of unlabelled patients: ``edes``, ``every=N`` or ``all``.
+        supervision: ``masks``, or ``tags`` for a weak dataset.
+        min_pixels: foreground pixels that make a slice's tag positive.
+        modalities: channels in their order, with commas between them; empty for the converter's own.
+        label_code: which numbering of labels the masks follow, where a source has several.
+        val: share of the patients that validates, where the converter draws one.
+        test: share of the patients that is kept for testing, likewise.
+        seed: of that draw; None for nnU-Net's own.
+        name: middle of the dataset's name, None for the converter's own.
+        folders: ``MODALITY=FOLDER`` for folders that are called otherwise than their modality.
+        masks: name of the folder of masks.
+        label_name: what masks show, where the tree does not say.
+        more_roots: further downloads that go into the same dataset, one fold each.
     """
 
     root: Path
@@ -212,6 +276,18 @@ class Request:
     count: str = "honest"
     unannotated: bool = False
     frames: str = "edes"
+    supervision: str = "masks"
+    min_pixels: int = 1
+    modalities: str = ""
+    label_code: str = ""
+    val: float = 0.1
+    test: float = 0.1
+    seed: int | None = None
+    name: str | None = None
+    folders: tuple[str, ...] = ()
+    masks: str = "GT"
+    label_name: str = "prostate"
+    more_roots: tuple[Path, ...] = ()
 
     @property
     def few_labels(self) -> bool:

@@ -5,10 +5,14 @@ Each takes the case table and the source cases in the source's own order, and re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from nnunet_dgplugins.data import splits
 from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.errors import UserError
 
 Outcome = tuple[list[str], list[splits.Split]]
 
@@ -42,6 +46,43 @@ def every_labelled_case(table: CaseTable, names: Sequence[str]) -> Outcome:
     """One fold that trains on every labelled case and validates on the same ones: none can be spared (Yao et al.)."""
     labelled = sorted(name for name in names if table.cases[name].labelled)
     return [], [{"train": labelled, "val": labelled, splits.VALIDATES_ON: splits.TRAINING}]
+
+
+def shares(
+    table: CaseTable, names: Sequence[str], strata: Mapping[str, str], val: float, test: float, seed: int = splits.SEED
+) -> Outcome:
+    """Draw one fold and the test cases by patient, each stratum giving its share of both, rounded.
+
+    Args:
+        table: patients.
+        names: cases to split.
+        strata: case to stratum, for instance the grade of its tumour.
+        val: share of the patients that validates; at least one does.
+        test: share that is kept aside; at least one unless it is 0.
+        seed: of the draw.
+
+    Raises:
+        UserError: no patient is left to train on.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names):
+        groups.setdefault(strata.get(name, ""), {}).setdefault(table.patient_of(name), []).append(name)
+    rng = np.random.RandomState(seed)  # its stream is frozen for ever
+    parts: dict[str, list[list[str]]] = {"test": [], "val": [], "train": []}
+    for _, patients in sorted(groups.items()):
+        dealt = [list(patients.values())[index] for index in rng.permutation(len(patients))]
+        for part, share in (("test", test), ("val", val)):
+            count = math.floor(len(patients) * share + 0.5)
+            parts[part] += dealt[:count]
+            dealt = dealt[count:]
+        parts["train"] += dealt
+    for part, share in (("val", val), ("test", test)):
+        if share and not parts[part] and parts["train"]:
+            parts[part].append(parts["train"].pop())
+    if not parts["train"] or not parts["val"]:
+        raise UserError(f"{len(names)} cases are too few for shares of {val:g} to validate and {test:g} to test.")
+    lists = {part: sorted(name for patient in patients for name in patient) for part, patients in parts.items()}
+    return lists["test"], [{"train": lists["train"], "val": lists["val"]}]
 
 
 PROTOCOLS = {"kfold": five_fold, "labelled": every_labelled_case, "desam": desam, "published": cross_modality}

@@ -13,9 +13,12 @@ CONVERTERS = {
     ),
     "prostate-desam": ("Dataset503_ProstateDeSAM", "The same prostates as the DeSAM authors released them (raw_data)."),
     "abdomen-ctmr": ("Dataset504_AbdomenCTMR", "Four abdominal organs in CT and MR (SABSCT, CHAOST2)."),
+    "brats": ("Dataset505_BraTS2019", "BraTS 2019 brain tumours; one tag per slice, or masks."),
+    "prostate-decathlon": ("Dataset506_ProstateDecathlon", "Medical Decathlon Task05, T2 and ADC; tags or masks."),
     "mnms": ("Dataset507_MnMs", "M&Ms, cardiac cine MR of four vendors; few labels (--target, --ratio)."),
     "scgm": ("Dataset508_SCGM", "Spinal cord grey matter of four sites, four raters; few labels."),
     "simulated-vendors": ("Dataset514_SimulatedVendors", "Four SIMULATED vendors on ACDC hearts (SimA to SimD)."),
+    "slice-tree": ("Dataset516_SliceTree", "PNG slices in {train,val}/{T2,ADC,GT}, one root per fold; tags or masks."),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataset_conversion._facts import Raters, SourceCase
+from dataset_conversion._facts import Raters, Source, SourceCase, Stack
 from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
+from dataset_conversion._slices import read_stack
 from nnunet_dgplugins.errors import Problem
 from nnunet_dgplugins.files import replacing
 
@@ -32,6 +33,7 @@ class Recipe:
         link: link files that need no change.
         ignore: value that fills the label of a case without annotation.
         raters: how several masks become one label; None for one mask.
+        min_pixels: foreground pixels of a slice that make its tag positive; 0 where no tags are wanted.
     """
 
     mapping: Mapping[int, int]
@@ -40,6 +42,7 @@ class Recipe:
     link: bool = False
     ignore: int = 0
     raters: Raters | None = None
+    min_pixels: int = 0
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Checked:
         image_as_is: whether each image can be used without a change.
         label_as_is: whether the label can be used without a change.
         bytes: upper estimate of what is written.
+        tags: 0 or 1 per slice, where tags are wanted and the mask could be read.
     """
 
     name: str
@@ -71,30 +75,33 @@ class Checked:
     image_as_is: list[bool] = field(default_factory=list)
     label_as_is: bool = False
     bytes: int = 0
+    tags: list[int] = field(default_factory=list)
 
 
 def check_case(case: SourceCase, recipe: Recipe) -> Checked:
     """Read a case completely and say everything that is wrong with it; of an unlabelled case no mask is opened."""
     report = Checked(case.name)
-    images = _read_all(case.images, case.frame, report)
-    for path, volume in images.items():
+    images = _read_all([(source, _frame(case, index)) for index, source in enumerate(case.images)], report)
+    for path, volume in images:
         _check_image(path, volume, recipe, report)
-    masks = _read_all(case.masks, case.frame, report)
-    report.files = [volume.sha256 for volume in (*images.values(), *masks.values())]
+    masks = _read_all([(source, case.frame) for source in case.masks], report)
+    report.files = [volume.sha256 for _, volume in (*images, *masks)]
     fused = None
     if len(masks) < len(case.masks):
         return report
-    checked = [_check_label(path, mask, recipe, report) for path, mask in masks.items()]
+    checked = [_check_label(path, mask, recipe, report) for path, mask in masks]
     rounded = [values for values in checked if values is not None]
     if len(rounded) == len(checked) and len({values.shape for values in rounded}) == 1:
         fused = recipe.raters.fuse(rounded) if recipe.raters else rounded[0]
         _count_label(case, fused, recipe, report)
+        if recipe.min_pixels:
+            report.tags = slice_tags(fused, recipe)
     if len(images) < len(case.images):
         return report
-    first = images[case.images[0]]
+    first = images[0][1]
     report.shape, report.spacing = first.array.shape, tuple(np.linalg.norm(first.affine[:3, :3], axis=0).tolist())
     report.voxels = hashlib.sha256(repr(first.array.shape).encode() + first.array.tobytes()).hexdigest()
-    for path, volume in [*list(images.items())[1:], *masks.items()]:
+    for path, volume in [*images[1:], *masks]:
         if volume.array.shape != first.array.shape:
             found, wanted = sizes(volume.array.shape), sizes(first.array.shape)
             report.problems.append(Problem(str(path), f"shape {found}", f"{wanted} as {case.images[0].name}"))
@@ -104,22 +111,37 @@ def check_case(case: SourceCase, recipe: Recipe) -> Checked:
             report.warnings.append(
                 f"{path}: its header disagrees with the image's by up to {distance:.3g} mm; the image's is used"
             )
-    _plan(case, list(images.values()), list(masks.values()), fused, recipe, report)
+    _plan(case, [volume for _, volume in images], [mask for _, mask in masks], fused, recipe, report)
     return report
 
 
-def _read_all(paths: Sequence[Path], frame: int | None, report: Checked) -> dict[Path, Volume]:
-    """Read files; those that cannot be read become problems and are left out."""
-    volumes = {}
-    for path in paths:
+def slice_tags(label: npt.NDArray[np.integer], recipe: Recipe) -> list[int]:
+    """Return whether each slice (last axis, the reader's first) of a label in source values shows foreground enough."""
+    organ = np.isin(label, [value for value, written in recipe.mapping.items() if written])
+    return [int(count >= recipe.min_pixels) for count in organ.sum(axis=(0, 1)).tolist()]
+
+
+def _frame(case: SourceCase, channel: int) -> int | None:
+    return case.volumes[channel] if case.volumes else case.frame
+
+
+def _read(source: Source, frame: int | None) -> Volume:
+    return read_stack(source) if isinstance(source, Stack) else read_volume(source, frame)
+
+
+def _read_all(sources: list[tuple[Source, int | None]], report: Checked) -> list[tuple[Source, Volume]]:
+    """Read images or masks; those that cannot be read become problems, once for each file, and are left out."""
+    volumes = []
+    for source, frame in sources:
         try:
-            volumes[path] = read_volume(path, frame)
+            volumes.append((source, _read(source, frame)))
         except Unreadable as error:
-            report.problems.append(Problem(str(path), str(error), fix="Download or export it again."))
+            problem = Problem(str(source), str(error), fix="Download or export it again.")
+            report.problems += [problem] if problem not in report.problems else []
     return volumes
 
 
-def _check_image(path: Path, volume: Volume, recipe: Recipe, report: Checked) -> None:
+def _check_image(path: Source, volume: Volume, recipe: Recipe, report: Checked) -> None:
     if volume.array.dtype.kind == "f":
         bad = int(volume.array.size - np.count_nonzero(np.isfinite(volume.array)))
         if bad:
@@ -137,7 +159,7 @@ def _windowed(array: npt.NDArray[Any], recipe: Recipe) -> bool:
     return recipe.window is not None and float(array.min()) < recipe.window[0]
 
 
-def _check_label(path: Path, label: Volume, recipe: Recipe, report: Checked) -> npt.NDArray[np.int64] | None:
+def _check_label(path: Source, label: Volume, recipe: Recipe, report: Checked) -> npt.NDArray[np.int64] | None:
     """Return the label's values, rounded, None if they are no whole numbers; unknown ones become a problem too."""
     array = label.array
     if array.dtype.kind == "f":
@@ -210,15 +232,15 @@ def _plan(
     for path, volume in zip(case.images, images, strict=True):
         same_grid = np.array_equal(volume.affine, images[0].affine)
         as_is = whole and same_grid and not (volume.squeezed or volume.straightened or _windowed(volume.array, recipe))
-        as_is = as_is and case.frame is None and path.name.lower().endswith(".nii.gz")
+        as_is = as_is and case.frame is None and not case.volumes and _is_packed(path)
         report.image_as_is.append(as_is)
         if not (as_is and recipe.link):
-            report.bytes += path.stat().st_size if as_is else volume.array.nbytes
+            report.bytes += path.stat().st_size if as_is and isinstance(path, Path) else volume.array.nbytes
     report.label_as_is = (
         report.image_as_is[0]
         and len(masks) == 1
         and recipe.raters is None
-        and case.masks[0].name.lower().endswith(".nii.gz")
+        and _is_packed(case.masks[0])
         and masks[0].array.dtype.kind in "iu"
         and not masks[0].squeezed
         and all(recipe.mapping.get(value) == value for value in report.values)
@@ -229,14 +251,22 @@ def _plan(
         report.bytes += images[0].array.size // 8  # masks compress well
 
 
+def _is_packed(source: Source) -> bool:
+    return isinstance(source, Path) and source.name.lower().endswith(".nii.gz")
+
+
 def organ_range(label: npt.NDArray[Any]) -> slice:
     """Return the slices from the first to the last with organ; gaps between them stay, or the geometry would lie."""
     marked = np.flatnonzero(label.any(axis=(0, 1)))
     return slice(int(marked[0]), int(marked[-1]) + 1) if marked.size else slice(None)
 
 
-def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path, part: str) -> None:
+def write_case(
+    case: SourceCase, recipe: Recipe, checked: Checked, folder: Path, part: str, validates: bool = False
+) -> None:
     """Write one case's images and label; files that are there already are left as they are.
+
+    A training case whose tags are wanted gets them as its label; its masks are opened only if it validates.
 
     Args:
         case: the case.
@@ -244,15 +274,23 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
         checked: result of :func:`check_case` for the same recipe.
         folder: dataset folder.
         part: ``Tr`` or ``Ts``.
+        validates: whether the mask of a tagged training case goes to ``labelsVal``.
     """
     image_paths = [folder / f"images{part}" / f"{case.name}_{i:04d}.nii.gz" for i in range(len(case.images))]
-    label_path = folder / f"labels{part}" / f"{case.name}.nii.gz"
-    need_label = not label_path.exists() and not (checked.label_as_is and recipe.link)
-    need_volumes = need_label or any(
-        not path.exists() and not as_is for path, as_is in zip(image_paths, checked.image_as_is, strict=True)
+    mask_path: Path | None = folder / f"labels{part}" / f"{case.name}.nii.gz"
+    tag_path = mask_path if recipe.min_pixels and part == "Tr" else None
+    if tag_path is not None:
+        mask_path = folder / "labelsVal" / tag_path.name if validates else None
+    need_mask = mask_path is not None and not mask_path.exists() and not (checked.label_as_is and recipe.link)
+    need_tags = tag_path is not None and not tag_path.exists()
+    need_volumes = (
+        need_mask
+        or need_tags
+        or any(not path.exists() and not as_is for path, as_is in zip(image_paths, checked.image_as_is, strict=True))
     )
-    volumes = [read_volume(path, case.frame) for path in case.images] if need_volumes else []
-    label = _label(case, recipe, volumes[0].array.shape) if need_volumes else None
+    volumes = [_read(source, _frame(case, i)) for i, source in enumerate(case.images)] if need_volumes else []
+    need_label = need_mask if tag_path is not None else need_volumes  # to drop slices of images, the mask says which
+    label = _label(case, recipe, volumes[0].array.shape) if need_label else None
     cut = organ_range(label) if label is not None and case.masks and recipe.drop_empty_slices else slice(None)
     for index, (source, target) in enumerate(zip(case.images, image_paths, strict=True)):
         if target.exists():
@@ -265,19 +303,21 @@ def write_case(case: SourceCase, recipe: Recipe, checked: Checked, folder: Path,
         if recipe.window is not None and _windowed(volume.array, recipe):
             array = np.clip(array, *recipe.window)
         _save(target, array, volumes[0], cut)
-    if label_path.exists():
+    if need_tags and tag_path is not None:
+        _save(tag_path, np.broadcast_to(np.array(checked.tags, np.uint8), checked.shape), volumes[0], cut)
+    if mask_path is None or mask_path.exists():
         return
     if label is None:
-        _take(case.masks[0], label_path, link=True)
+        _take(case.masks[0], mask_path, link=True)
         return
-    _save(label_path, label[:, :, cut], volumes[0], cut)
+    _save(mask_path, label[:, :, cut], volumes[0], cut)
 
 
 def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """Return the label to write: mapped, fused from several raters, or filled with the ignore value."""
     if not case.masks:
         return np.full(shape, recipe.ignore, np.uint8)
-    arrays = [read_volume(path, case.frame).array for path in case.masks]
+    arrays = [_read(source, case.frame).array for source in case.masks]
     array = arrays[0]
     if recipe.raters:
         array = recipe.raters.fuse([np.rint(values).astype(np.int64) for values in arrays])
@@ -287,7 +327,8 @@ def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDAr
     return mapped
 
 
-def _take(source: Path, target: Path, link: bool) -> None:
+def _take(source: Source, target: Path, link: bool) -> None:
+    assert isinstance(source, Path), "a stack of slices is never taken as it is"
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
         relative = os.path.relpath(source.resolve(), target.parent.resolve())

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from click.testing import CliRunner
 
+from dataset_conversion import Dataset505_BraTS2019
+from nnunet_dgplugins.files import read_json
 from nnunet_dgplugins.lesion_phantom import CORE, OEDEMA, draw_case, main, make_lesion_phantom
 
 CASES = [draw_case(0, number) for number in range(12)]
@@ -59,3 +61,16 @@ def test_the_same_seed_writes_the_same_bytes_and_a_killed_run_goes_on(tmp_path: 
     make_lesion_phantom(tmp_path / "b", 4)
     assert all((tmp_path / "b" / name).read_bytes() == content for name, content in first.items())
     assert not np.array_equal(draw_case(1, 0).t1, CASES[0].t1)
+
+
+def test_the_converter_of_brats_takes_the_tree(tmp_path: Path, nnunet_folders: Path):
+    folder = make_lesion_phantom(tmp_path / "in", 5)
+    words = [str(folder), "--id", "650", "--modalities", "T1,T2", "--val", "0.2", "--test", "0.2", "--jobs", "1"]
+    done = CliRunner().invoke(Dataset505_BraTS2019.command, words)
+    assert done.exit_code == 0, done.output
+    out = nnunet_folders / "nnUNet_raw" / "Dataset650_BraTS2019_T1-T2_tags"
+    cases = read_json(out / "dataset.json")["dgplugins"]["cases"]
+    drawn = {f"BraTS19_2013_{number}_1": draw_case(0, number) for number in range(5)}
+    for name, case in cases.items():
+        if "tags" in case:
+            assert case["tags"] == [int(drawn[name].seg[..., z].any()) for z in range(16)]

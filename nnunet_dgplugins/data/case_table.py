@@ -25,7 +25,9 @@ class Case:
         site: hospital, scanner, vendor or modality the case comes from; None if unknown.
         patient: patient identifier; cases of one patient never end on two sides of a split. None: the case itself.
         labelled: whether voxel annotation exists (decided here, never by the ignore value in a label file).
-        tags: image tags, one per case, or one list entry per slice in the reader's slice order.
+        tags: image tags of a case without masks. One entry per slice, in the reader's slice order (the first axis of
+            what SimpleITK reads, nibabel's third); a 2-D image has one entry. An entry is a whole number (0 absent,
+            1 present) for a single class, or a list with one number per class.
         original: path of the source file relative to the download's root, or its original name.
     """
 
@@ -114,6 +116,14 @@ class CaseTable:
         case = self.cases.get(name)
         return case.site if case else None
 
+    def can_train(self, name: str) -> bool:
+        """Return whether a fold may list a case: it has masks or, in a weak dataset, image tags.
+
+        A case that the table does not know is taken for a labelled one.
+        """
+        case = self.cases.get(name)
+        return case is None or case.labelled or case.tags is not None
+
     def patient_of(self, name: str) -> str:
         """Return the patient of a case; a case without one is its own patient.
 
@@ -158,7 +168,7 @@ def _problems(block: Any, where: str) -> Iterable[Problem]:
                 yield Problem(f"{at}, labelled", "null", "true or false")
         tags = content.get("tags")
         if isinstance(tags, list) and not all(_is_tag(tag) for tag in tags):
-            yield Problem(f"{at}, tags", repr(tags), "whole numbers, or one list of whole numbers per slice")
+            yield Problem(f"{at}, tags", repr(tags), "a whole number per slice, or a list of them, one per class")
 
 
 def _is_tag(tag: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nnunet_dgplugins.data.case_table import CaseTable
-from nnunet_dgplugins.data.splits import SEED, SPLITS, check, k_fold
+from nnunet_dgplugins.data.splits import MASKS, SEED, SPLITS, TAGS, check, k_fold
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.files import PREPROCESSED, read_json, write_json
 
@@ -44,7 +44,7 @@ def load_fold(
         tags: train on tags: cases with tags take the place of labelled ones.
 
     Raises:
-        BadInput: the fold names cases that are not there or not labelled, parts a patient, or has none.
+        BadInput: the fold names cases that are not there or neither labelled nor tagged, parts a patient, or has none.
         UserError: too few cases for the default folds.
     """
     present = sorted(path.name[: -len(".pkl")] for path in data_folder.glob("*.pkl"))
@@ -56,17 +56,17 @@ def load_fold(
         write_json(path, _default(usable, table))
     check_fold(base.name, fold)
     split = read_json(path)[int(fold)]
-    problems = check([split], table, present, int(fold), tags)
+    problems = check([split], table, present, int(fold), TAGS if tags else MASKS)
     if problems:
         raise BadInput(f"Fold {fold} of {path} cannot be trained", problems)
     return list(split["train"]), list(split["val"]), str(path)
 
 
 def trainable(names: list[str], table: CaseTable | None) -> list[str]:
-    """Return the labelled cases of the source sites; every labelled case where no source is named."""
+    """Return the labelled cases of the source sites; those of every site where no source is named."""
     if table is None:
         return names
-    labelled = [name for name in names if name not in table.cases or table.cases[name].labelled]
+    labelled = [name for name in names if is_labelled(table, name)]
     return [name for name in labelled if not table.sources or table.site_of(name) in table.sources]
 
 

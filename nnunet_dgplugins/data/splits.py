@@ -1,6 +1,7 @@
-"""Folds by site and patient, derived from the case table. Only labelled cases are listed: stock trainers may use them.
+"""Folds by site and patient, derived from the case table.
 
-Importable without torch and without nnunetv2.
+Only labelled cases are listed, so that stock trainers may use the folds; of a weak dataset, which has image tags in
+place of masks, those with tags. Importable without torch and without nnunetv2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_dgplugins.data.case_table import CaseTable
+from nnunet_dgplugins.data.case_table import Case, CaseTable
 from nnunet_dgplugins.data.names import near
 from nnunet_dgplugins.errors import Problem, UserError, nearest
 
@@ -19,11 +20,12 @@ SEED = 12345  # nnU-Net's own
 # "train" and "val": lists of cases. A fold of a single source adds "source": the site; leave-one-site-out adds
 # "held_out". Both keep unlabelled cases of other sites out, which no list names.
 Split = dict[str, Any]
+MASKS, TAGS, ANY = "masks", "tags", "masks or tags"  # what cases of a fold must have
 VALIDATES_ON, TRAINING = "validates_on", "training cases"  # marks a fold whose few labelled cases do both on purpose
 
 
 def k_fold(table: CaseTable, names: Sequence[str], k: int = 5, seed: int = SEED) -> list[Split]:
-    """Split the labelled cases of ``names`` into ``k`` folds by patient, each site spread evenly over the folds.
+    """Split the labelled (or tagged) cases of ``names`` into ``k`` folds by patient, each site spread evenly over them.
 
     Args:
         table: sites, patients and whether a case is labelled; a case it does not list is a labelled patient of its own.
@@ -104,7 +106,7 @@ def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9
 
 
 def check(
-    splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str], first: int = 0, tagged: bool = False
+    splits: Iterable[Split], table: CaseTable | None, known_cases: Iterable[str], first: int = 0, supervision: str = ANY
 ) -> list[Problem]:
     """Return everything wrong with a list of folds.
 
@@ -113,7 +115,7 @@ def check(
         table: case table, None if the dataset has none.
         known_cases: cases of imagesTr.
         first: number of the first fold of the list.
-        tagged: whether tags are wanted instead of masks, so that cases need those.
+        supervision: what every case must have: ``masks``, ``tags``, or any of them.
     """
     known = set(known_cases)
     problems = []
@@ -125,10 +127,9 @@ def check(
             for name in split.get(side, []):
                 if name not in known:
                     problems.append(Problem(f"{at}, {side}", f"unknown case '{name}'{near(name, known)}"))
-                elif tagged and (table is None or name not in table.cases or table.cases[name].tags is None):
-                    problems.append(Problem(f"{at}, {side}", f"'{name}' has no tags", "cases with tags only"))
-                elif not tagged and table is not None and name in table.cases and not table.cases[name].labelled:
-                    problems.append(Problem(f"{at}, {side}", f"'{name}' is not labelled", "labelled cases only"))
+                elif table is not None and _lacks(table, name, supervision):
+                    found = "has no tags" if supervision == TAGS else "is not labelled"
+                    problems.append(Problem(f"{at}, {side}", f"'{name}' {found}", f"cases with {supervision} only"))
         train, val = set(split.get("train", [])), set(split.get("val", []))
         if split.get(VALIDATES_ON) == TRAINING and train == val:
             continue
@@ -137,6 +138,11 @@ def check(
             both = {table.patient_of(name) for name in train - val} & {table.patient_of(name) for name in val - train}
             problems += [Problem(at, f"patient '{patient}' trains and validates") for patient in sorted(both)]
     return problems
+
+
+def _lacks(table: CaseTable, name: str, supervision: str) -> bool:
+    case = table.cases.get(name, Case())
+    return not {MASKS: case.labelled, TAGS: case.tags is not None, ANY: table.can_train(name)}[supervision]
 
 
 def check_site(table: CaseTable, site: str, names: Sequence[str]) -> None:
@@ -151,9 +157,9 @@ def check_site(table: CaseTable, site: str, names: Sequence[str]) -> None:
 
 
 def _patients(table: CaseTable, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return patient to labelled cases, in the order of ``names``."""
+    """Return patient to labelled cases, in the order of ``names``; to tagged ones where none is labelled."""
+    labelled = [name for name in names if table.cases.get(name, Case()).labelled]
     groups: dict[str, list[str]] = {}
-    for name in names:
-        if name not in table.cases or table.cases[name].labelled:
-            groups.setdefault(table.patient_of(name), []).append(name)
+    for name in labelled or [name for name in names if table.can_train(name)]:
+        groups.setdefault(table.patient_of(name), []).append(name)
     return groups

@@ -19,8 +19,12 @@ FORMAT = 1  # raised when the same input would be written differently
 _EDITABLE = (STAMP, "dataset.json", "splits_final.json")  # `annotate` and `splits` may change these afterwards
 
 
-def refuse_other_names(name: str) -> None:
+def refuse_other_names(name: str, option: str = "--id") -> None:
     """Refuse an id that another dataset has anywhere; nnU-Net cannot work with two names for one id.
+
+    Args:
+        name: ``DatasetXXX_Name`` that is to be made.
+        option: of the command, which chooses the id.
 
     Raises:
         UserError: the id is taken.
@@ -31,7 +35,9 @@ def refuse_other_names(name: str) -> None:
             continue
         for path in sorted(Path(root).iterdir()):
             if path.name.startswith(name[:11]) and path.name != name and path.is_dir():
-                raise UserError(f"Id {name[7:10]} is taken by {path}. Choose another with --id, or remove that folder.")
+                raise UserError(
+                    f"Id {name[7:10]} is taken by {path}. Choose another with {option}, or remove that folder."
+                )
 
 
 def is_done(final: Path, digest: str) -> bool:
@@ -42,8 +48,14 @@ def is_done(final: Path, digest: str) -> bool:
     return all(_size(final / name) == size for name, size in stamp["files"].items())
 
 
-def refuse_other_content(final: Path, digest: str, overwrite: bool) -> None:
+def refuse_other_content(final: Path, digest: str, overwrite: bool, described: str | None = None) -> None:
     """Refuse to mix with, or silently replace, a dataset of the same name that was made from something else.
+
+    Args:
+        final: the dataset's folder.
+        digest: hash of everything that is written.
+        overwrite: replace it.
+        described: hash that dataset.json carries, where it is another one.
 
     Raises:
         UserError: raw, preprocessed or results hold something else.
@@ -62,7 +74,7 @@ def refuse_other_content(final: Path, digest: str, overwrite: bool) -> None:
         if not root or not other.is_dir() or not any(other.iterdir()):
             continue
         known = list(_inputs_of(other)) or [stamp.get("input")]
-        if all(value == digest for value in known):
+        if all(value in (digest, described) for value in known):
             continue
         if not overwrite:
             raise UserError(

@@ -80,6 +80,12 @@ class DGTrainer(nnUNetTrainer):
         sentences = cls.refusals(content, dataset_json)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sentences.append(f"{cls.__name__} trains on one GPU: start it without -num_gpus.")
+        protocol = dataset_json.get(settings.KEY, {}).get("protocol", {})
+        if protocol.get("supervision") == "tags" and not cls.reads_tags:
+            sentences.append(
+                f"{cls.__name__} learns from masks and this dataset has tags: train a trainer of tags, or convert the "
+                "data with --supervision masks."
+            )
         if sentences:
             raise UnsupportedFeature(" ".join(sentences))
 

@@ -112,7 +112,7 @@ def make_pseudo_labels(
     if table is None or not cases:
         raise UserError(f"{raw.folder}: no training case with tags.")
     name = f"Dataset{number:03d}_{raw.folder.name[11:]}_pseudo"
-    staging.refuse_other_names(name)
+    staging.refuse_other_names(name, "--out")
     masks = {case.name: RawCase((case,), None) for case in sorted((raw.folder / MASKS).glob(f"*{raw.file_ending}"))}
     digest = content_hash({
         "name": name, "model": file_sha256(path), "choices": asdict(chosen), "linked": linked, "table": table.to_dict(),

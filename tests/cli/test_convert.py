@@ -66,16 +66,11 @@ def test_every_converter_has_its_own_module_and_file_name() -> None:
 @pytest.mark.parametrize("name", CONVERTERS)
 def test_each_converter_names_its_options_and_its_default_id(name: str) -> None:
     text = CliRunner().invoke(command, [name, "--help"]).output
-    for option in (
-        "--id",
-        "--source",
-        "--target",
-        "--exclude",
-        "--drop-empty-slices",
-        "--copy / --link",
-        "--overwrite",
-    ):
+    tagged = name in ("brats", "prostate-decathlon", "slice-tree")  # no sites, but image tags in place of masks
+    own = ("--supervision", "--min-pixels") if tagged else ("--source", "--target", "--drop-empty-slices")
+    for option in (*own, "--id", "--exclude", "--copy / --link", "--overwrite"):
         assert option in text
+    assert ("--source" in text) != tagged
     assert CONVERTERS[name][0][7:10] in text
 
 

@@ -289,6 +289,13 @@ def test_one_modality_several_classes_and_slices_of_one_kind_are_refused(tagged:
         tagged.train(TRAINER)
 
 
+@pytest.mark.parametrize("trainer", ["DeSAMTrainer", "EPLTrainer"])
+def test_trainers_of_masks_refuse_a_dataset_of_tags(tagged: World, trainer: str):
+    with pytest.raises(UserError, match=f"{trainer} learns from masks and this dataset has tags"):
+        tagged.construct(trainer)
+    assert not list(tagged.results.iterdir())
+
+
 def test_a_case_without_tags_in_a_fold_is_named(tagged: World):
     tagged.use(TAGGED, own=True)
     tagged.edit_json("dataset.json", lambda content: content["dgplugins"]["cases"]["case_2"].pop("tags"))

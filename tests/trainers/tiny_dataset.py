@@ -173,7 +173,8 @@ def _tag_table(recipe: Recipe) -> CaseTable:
                 else case_arrays(recipe, number)[1].any((1, 2)).astype(int).tolist(),
             )
             for number in range(recipe.cases + 2)
-        }
+        },
+        protocol={"supervision": "tags"},
     )
 
 
