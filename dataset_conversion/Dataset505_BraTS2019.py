@@ -44,15 +44,21 @@ GRADES = ("HGG", "LGG")
 INNER = re.compile(r".*brats.*|train(ing)?", re.IGNORECASE)
 
 
-def list_cases(root: Path, request: Request, listing: Listing) -> None:
-    """Take each patient folder below the grades."""
+def chosen_facts(request: Request) -> Facts:
+    """Return what the options make of the converter's facts."""
     channels = _tags.modalities(request.modalities or DEFAULT, MODALITIES)
-    listing.facts = replace(
+    return replace(
         FACTS,
         name=f"{FACTS.name}_{'-'.join(channels)}",
         channel_names={str(index): name for index, name in enumerate(channels)},
         mapping=CODES[request.label_code or "brats2019"],
     )
+
+
+def list_cases(root: Path, request: Request, listing: Listing) -> None:
+    """Take each patient folder below the grades."""
+    listing.facts = chosen_facts(request)
+    channels = list(listing.facts.channel_names.values())
     for grade, folder in _grades(root):
         for path in entries(folder):
             if not path.is_dir():

@@ -42,15 +42,21 @@ FILE = re.compile(r"(?P<patient>.+)_(?P<slice>\d+)\.png", re.IGNORECASE)
 Slices = dict[int, tuple[Path, ...]]  # slice number to its file in each folder: modalities, then mask
 
 
-def list_cases(root: Path, request: Request, listing: Listing) -> None:
-    """Make a case of each patient, and a fold of each root."""
+def chosen_facts(request: Request) -> Facts:
+    """Return what the options make of the converter's facts."""
     channels = _tags.modalities(request.modalities or DEFAULT, MODALITIES)
-    listing.facts = replace(
+    return replace(
         FACTS,
         name=safe_name(request.name or FACTS.name),
         channel_names={str(index): name for index, name in enumerate(channels)},
         labels={"background": 0, request.label_name: 1},
     )
+
+
+def list_cases(root: Path, request: Request, listing: Listing) -> None:
+    """Make a case of each patient, and a fold of each root."""
+    listing.facts = chosen_facts(request)
+    channels = list(listing.facts.channel_names.values())
     names = _folder_names(channels, request)
     first: dict[str, tuple[Path, Slices]] = {}  # patient to the place it was found at first
     trees = [tree for path in (root, *request.more_roots) for tree in _trees(path, listing)]

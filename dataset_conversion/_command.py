@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,24 @@ def _few_labels(facts: Facts) -> list[Callable[..., Any]]:
             click.option("--protocol", "count", type=choice, default=facts.counts[0], show_default=True, help=text)
         )
     return options
+
+
+def planned_name(module: Any, words: Sequence[str]) -> str:
+    """Return the name of the dataset that a converter would write, without opening a file.
+
+    Args:
+        module: the converter's.
+        words: its command line, root first.
+
+    Raises:
+        click.UsageError: the words are no command line of it.
+        UserError: an option makes no sense.
+    """
+    values = dict(module.command.make_context(module.FACTS.command, list(words)).params)
+    request = Request(link=not values.pop("copy"), **values)
+    facts: Facts = module.chosen_facts(request) if hasattr(module, "chosen_facts") else module.FACTS
+    title = request.supervision if facts.tags else "-".join(facts.site(text).name for text in request.sources)
+    return f"Dataset{request.dataset_id:03d}_{facts.name}_{title}"
 
 
 def run_as_script(command: click.Command) -> None:

@@ -25,6 +25,7 @@ PLANNERS = {
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
 #: protocol of ``dgplugins evaluate`` -> its Dice
+ALL = "all"  # stands for the source where a dataset has none
 PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
@@ -40,7 +41,7 @@ class Data:
         download: folder that is converted; None when ``prepare`` makes it.
         prepare: command that makes the download in the folder ``{download}``.
         first_id: nnU-Net id of the first source and ratio; the others follow.
-        sources: sites to train on, each a dataset of its own.
+        sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
         ratios: labelled shares, each a dataset of its own; empty for all labels.
         options: further words after ``dgplugins convert``.
         spacing: target spacing in mm, slices first, instead of the planned one: coarser images for a quick study.
@@ -49,16 +50,21 @@ class Data:
     name: str
     convert: str
     first_id: int
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = ()
     download: str | None = None
     prepare: str | None = None
     ratios: tuple[float, ...] = ()
     options: tuple[str, ...] = ()
     spacing: tuple[float, ...] = ()
 
+    @property
+    def weak(self) -> bool:
+        """Whether its training cases have tags instead of masks."""
+        return bool(load_converter(self.convert).FACTS.tags) and "masks" not in self.options
+
     def variants(self) -> list[tuple[str, float | None, int]]:
         """Return source, ratio (None: all labels) and id of every dataset."""
-        pairs = [(source, ratio) for source in self.sources for ratio in self.ratios or (None,)]
+        pairs = [(source, ratio) for source in self.sources or (ALL,) for ratio in self.ratios or (None,)]
         return [(source, ratio, self.first_id + number) for number, (source, ratio) in enumerate(pairs)]
 
 
@@ -72,6 +78,8 @@ class Method:
         plans: a key of :data:`PLANNERS`.
         settings: of a trainer of this package, as for ``dgplugins configure --set``.
         batch_size: of a stock trainer, instead of the planned one; ResEnc presets plan for a GPU's memory.
+        pseudo_labels: a method of tags, named before this one, whose pseudo labels it trains on.
+        pseudo_options: further words after ``dgplugins pseudo-labels``.
     """
 
     name: str
@@ -79,6 +87,13 @@ class Method:
     plans: str = "nnUNetPlans"
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
+    pseudo_labels: str | None = None
+    pseudo_options: tuple[str, ...] = ()
+
+    @property
+    def reads_tags(self) -> bool:
+        """Whether it learns from tags."""
+        return self.trainer in TRAINERS and TRAINERS[self.trainer].tags
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,8 @@ class _Reader:
         baseline = values.get("baseline")
         if baseline is not None and baseline not in names:
             self.note("baseline", f"no method '{baseline}'{nearest(baseline, names) if names else ''}")
-        self._ids([data for data in datasets if data])
+        self._ids([data for data in datasets if data], sum(bool(m and m.pseudo_labels) for m in methods), values)
+        self._supervision([data for data in datasets if data], [method for method in methods if method])
         seeds = values.get("seeds", (0,))
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             self.note("seeds", repr(list(seeds)), "different whole numbers from 0")
@@ -253,14 +269,18 @@ class _Reader:
     def data(self, name: str, content: Any) -> Data | None:
         where = f"dataset {name}"
         values = self.known(where, content, _named(Data))
-        lacking = [key for key in ("convert", "first_id", "sources") if key not in values]
+        tags = values.get("convert") in CONVERTERS and load_converter(values["convert"]).FACTS.tags
+        needed = ("convert", "first_id") if tags else ("convert", "first_id", "sources")
+        lacking = [key for key in needed if key not in values]
         for key in lacking:
             self.note(where, f"no {key}")
         if lacking:
             return None
         if values["convert"] not in CONVERTERS:
             self.note(where, f"no converter '{values['convert']}'{nearest(values['convert'], CONVERTERS)}")
-        else:
+        elif tags and "sources" in values:
+            self.note(f"{where}, sources", f"{values['convert']} splits its cases itself", "no sources")
+        elif not tags:
             values["sources"] = self._sites(where, values["convert"], values["sources"])
         if values.get("ratios") and not self._takes_ratio(values["convert"]):
             self.note(f"{where}, ratios", f"dgplugins convert {values['convert']} has no --ratio", "no ratios")
@@ -310,11 +330,38 @@ class _Reader:
             self.note(where, f"no folder {folder}")
         return str(folder)
 
-    def _ids(self, datasets: list[Data]) -> None:
+    def _supervision(self, datasets: list[Data], methods: list[Method]) -> None:
+        """Note methods that cannot learn from the datasets: masks and tags do not mix in one study."""
+        known = [data for data in datasets if data.convert in CONVERTERS]
+        weak = [data.convert for data in known if data.weak]
+        earlier: set[str] = set()
+        for method in methods:
+            where = f"method {method.name}"
+            if method.pseudo_labels and method.pseudo_labels not in earlier:
+                self.note(f"{where}, pseudo_labels", method.pseudo_labels, "a method of tags named before it")
+            if method.pseudo_labels and (method.plans != "nnUNetPlans" or method.batch_size or method.settings):
+                self.note(where, "plans, batch_size or settings", "a method of pseudo labels has nnU-Net's own plans")
+            if method.pseudo_options and not method.pseudo_labels:
+                self.note(f"{where}, pseudo_options", repr(list(method.pseudo_options)), "pseudo_labels too")
+            if method.reads_tags:
+                earlier.add(method.name)
+            if weak and not method.reads_tags and not method.pseudo_labels:
+                self.note(where, f"{method.trainer} learns from masks, and {weak[0]} has tags", "pseudo_labels: METHOD")
+            if known and (method.reads_tags or method.pseudo_labels) and len(weak) < len(known):
+                self.note(where, f"{method.trainer} here learns from tags, and not every dataset has them")
+
+    def _ids(self, datasets: list[Data], pseudo: int, values: Mapping[str, Any]) -> None:
         owner: dict[int, str] = {}
         for data in datasets:
-            for source, ratio, number in data.variants():
-                title = f"{data.name} {source}" + (f" {ratio:g}" if ratio else "")
+            names = [
+                (f"{data.name} {source}" + (f" {ratio:g}" if ratio else ""), number)
+                for source, ratio, number in data.variants()
+            ]
+            first = data.first_id + len(names)
+            names += [
+                (f"{data.name}, pseudo labels", first + i) for i in range(pseudo * len(values.get("seeds", (0,))))
+            ]
+            for title, number in names:
                 if not 1 <= number <= 999:
                     self.note(f"dataset {data.name}", f"id {number} for {title}", "1 to 999")
                 if number in owner:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataset_conversion._command import planned_name
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins import __version__, settings
 from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, content_hash, file_sha256
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.sam.models import get_model
-from nnunet_dgplugins.study.file import PLANNERS, Data, Method, Study
+from nnunet_dgplugins.study.file import ALL, PLANNERS, Data, Method, Study
 
 #: stock commands take their threads and processes from here; none loads data in a process of its own, so that one seed
 #: gives one result
@@ -65,6 +66,7 @@ class Task:
         needs: keys of tasks that come before.
         inputs: what else decides the result, such as the hash of a weight file.
         run: the training it belongs to.
+        seed: of that training, also where the task makes no result of it; None: for all seeds.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Task:
     needs: tuple[str, ...] = ()
     inputs: str = ""
     run: Run | None = None
+    seed: int | None = None
 
     @property
     def key(self) -> str:
@@ -99,7 +102,7 @@ def expand(study: Study, out: Path, device: str) -> list[Task]:
     for data in study.datasets:
         tasks += _Collection(study, data, out, device).tasks()
     # seeds outside: a study that is stopped early has compared every method and source, with fewer seeds
-    return sorted(tasks, key=lambda task: study.seeds.index(task.run.seed) if task.run else -1)
+    return sorted(tasks, key=lambda task: -1 if task.seed is None else study.seeds.index(task.seed))
 
 
 def slug(text: str) -> str:
@@ -137,12 +140,15 @@ class _Collection:
         environment: Mapping[str, str] | None = None,
         run: Run | None = None,
         inputs: str = "",
+        seed: int | None = None,
     ) -> str:
         """Add a task, return its key."""
         base = {RAW: self.folder / RAW, PREPROCESSED: self.folder / PREPROCESSED, RESULTS: self.folder / RESULTS}
         folders = {key: str(value) for key, value in base.items()}
         words = tuple(sys.executable if word == "python" else word for word in command)
-        task = Task(f"{self.data.name}: {name}", kind, words, {**folders, **(environment or {})}, needs, inputs, run)
+        own = {**folders, **(environment or {})}
+        seed = run.seed if run else seed
+        task = Task(f"{self.data.name}: {name}", kind, words, own, needs, inputs, run, seed)
         self.made.append(task)
         return task.key
 
@@ -154,14 +160,18 @@ class _Variant:
         self.all, self.study, self.source, self.ratio = collection, collection.study, source, ratio
         self.id = str(number)
         self.title = source + (f" {ratio:g}" if ratio else "")
-        facts = load_converter(collection.data.convert).FACTS
-        self.dataset = f"Dataset{number:03d}_{facts.name}_{facts.site(source).name}"
+        words = [collection.download, "--id", self.id, *([] if source == ALL else ["--source", source])]
+        words += [] if ratio is None else ["--ratio", f"{ratio:g}"]
+        self.words = [*words, *collection.data.options]
+        self.dataset = planned_name(load_converter(collection.data.convert), self.words)
+        # training of each method of tags by seed, and its model folder: pseudo labels are made of them
+        self.teachers: dict[tuple[str, int], tuple[str, Path, Mapping[str, str]]] = {}
+        self.pseudo_id = collection.data.first_id + len(collection.data.variants())
 
     def expand(self, needs: tuple[str, ...]) -> None:
         data, configuration = self.all.data, self.study.configuration
-        convert = ["dgplugins", "convert", data.convert, self.all.download, "--id", self.id, "--source", self.source]
-        convert += [] if self.ratio is None else ["--ratio", f"{self.ratio:g}"]
-        converted = self.all.add(f"convert {self.title}", "convert", [*convert, *data.options], needs)
+        convert = ["dgplugins", "convert", data.convert, *self.words]
+        converted = self.all.add(f"convert {self.title}", "convert", convert, needs)
         spacing = ["-overwrite_target_spacing", *(f"{length:g}" for length in data.spacing)] if data.spacing else []
         plan = ["nnUNetv2_plan_and_preprocess", "-d", self.id, "-c", configuration, "--verify_dataset_integrity"]
         planned = {
@@ -213,35 +223,54 @@ class _Variant:
 
     def _run(self, method: Method, plans: str, seed: int, ready: str) -> None:
         study, device, configuration = self.study, self.all.device, self.study.configuration
+        name = f"{self.title} {method.name} seed {seed}"
+        number, dataset = self.id, self.dataset
+        if method.pseudo_labels:
+            number, dataset, ready = self._pseudo_labels(method, seed, name)
         mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration])[:8]
         parts = (f"{slug(self.all.data.name)}_{slug(self.title)}", slug(method.name), f"seed{seed}-{mark}")
         folder = self.all.out.joinpath("runs", *parts)
         # what a training is tested with has a place of its own: going back to another way finds its results again
         way = "_mirrored" if study.mirroring else ""
         values = folder / f"{study.protocol}{way}"
-        folds = self.all.folder / RAW / self.dataset / SPLITS
-        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values, folds)
+        raw = self.all.folder / RAW / dataset
+        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS)
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
-        name, raw = f"{self.title} {method.name} seed {seed}", self.all.folder / RAW / self.dataset
         where = ["-tr", method.trainer, "-p", plans, "-device", device]
         trained = ready
         for stage, trainer in enumerate(_stages(method.trainer), 1):
-            train = ["python", "-m", "nnunet_dgplugins.budget", self.id, configuration, "0", "-tr", trainer, *where[2:]]
+            train = ["python", "-m", "nnunet_dgplugins.budget", number, configuration, "0", "-tr", trainer, *where[2:]]
             train += [*study.budget.words(), "--seed", str(seed)]
             title = "train" if trainer == method.trainer else f"train stage {stage}"
             trained = self.all.add(f"{title} {name}", f"{title} {method.name}", train, (trained,), own, run)
-        fold = folder / RESULTS / self.dataset / f"{method.trainer}__{plans}__{configuration}" / "fold_0"
-        source = ["dgplugins", "evaluate", self.id, str(fold / "validation"), "--labels", str(raw / "labelsTr")]
+        model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
+        self.teachers[method.name, seed] = trained, model, own
+        # a weak dataset keeps the masks of validation cases apart, and trainers of tags their predictions
+        truth = raw / ("labelsVal" if self.all.data.weak else "labelsTr")
+        held_out = model / "fold_0" / ("validation_cam" if method.reads_tags else "validation")
+        source = ["dgplugins", "evaluate", number, str(held_out), "--labels", str(truth)]
         protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
         source += ["--partial", "--csv", str(values / "source.csv"), *protocol]
         self.all.add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
         predictions = str(folder / f"predictions{way}")
-        predict = ["nnUNetv2_predict", "-d", self.id, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
+        predict = ["nnUNetv2_predict", "-d", number, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
         predict += ["-c", configuration, *where, "-npp", "0", "-nps", "0"]
         predict += [] if study.mirroring else ["--disable_tta"]
         predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
-        unseen = ["dgplugins", "evaluate", self.id, predictions, "--csv", str(values / "unseen.csv"), *protocol]
+        unseen = ["dgplugins", "evaluate", number, predictions, "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
+
+    def _pseudo_labels(self, method: Method, seed: int, name: str) -> tuple[str, str, str]:
+        """Add the dataset of another method's pseudo labels; return its id, its name and the key to wait for."""
+        trained, model, own = self.teachers[str(method.pseudo_labels), seed]
+        number, self.pseudo_id = str(self.pseudo_id), self.pseudo_id + 1
+        words = ["dgplugins", "pseudo-labels", str(model), "--out", number, "--device", self.all.device, "--overwrite"]
+        made = self.all.add(
+            f"pseudo-labels {name}", "pseudo-labels", [*words, *method.pseudo_options], (trained,), own, seed=seed
+        )  # fmt: skip
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.study.configuration, "-np", "1", "-npfp", "1"]
+        ready = self.all.add(f"plan {name}", "plan", [*plan, "--no_pbar"], (made,), _PLANNING, seed=seed)
+        return number, f"Dataset{int(number):03d}_{self.dataset[11:]}_pseudo", ready
 
 
 def _stages(trainer: str) -> list[str]:

@@ -55,7 +55,7 @@ def test_a_good_file_is_read(tmp_path: Path):
 def test_every_problem_is_listed_at_once(tmp_path: Path):
     datasets = {
         "a": {"convert": "prostate-sml", "download": "nowhere", "first_id": 999, "sources": ["RUNMC", "BMC"]},
-        "b": {"convert": "prostate-saml", "first_id": 999, "sources": ["Oslo"], "ratios": [2.0], "extra": 1},
+        "b": {"convert": "prostate-maxstyle", "first_id": 999, "sources": ["Oslo"], "ratios": [2.0], "extra": 1},
         "c": {"convert": "prostate-saml", "prepare": "make it", "first_id": "ten", "sources": ["UCL"]},
         "d": {
             "convert": "prostate-saml",
@@ -237,7 +237,90 @@ def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
     files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
     studies = {file.stem: read_study(file) for file in files}
-    assert list(studies) == ["desam", "encoders", "epl"]
+    assert list(studies) == ["desam", "encoders", "epl", "equivariant"]
     for study in studies.values():
         assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
     assert studies["encoders"].methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
+
+
+# ---------------------------------------------------------------- tags and pseudo labels
+
+LESIONS = {
+    "datasets": {
+        "lesions": {
+            "convert": "brats",
+            "prepare": "python -m nnunet_dgplugins.lesion_phantom {download}",
+            "first_id": 740,
+            "options": ["--modalities", "T1,T2"],
+        }
+    },
+    "methods": {
+        "CAM": {"trainer": "EquivariantCAMTrainer", "settings": {"width_divisor": 4}},
+        "stage 2": {"trainer": "nnUNetTrainer", "pseudo_labels": "CAM", "pseudo_options": ["--threshold", "0.4"]},
+    },
+    "baseline": "CAM",
+    "seeds": [0, 1],
+    "budget": {"iterations": 10},
+}
+
+
+def lesions(folder: Path, **changes: object) -> list[Task]:
+    path = folder / "lesions.yaml"
+    path.write_text(yaml.safe_dump({**LESIONS, **changes}, sort_keys=False))
+    return expand(read_study(path), folder / "out", "cpu")
+
+
+def test_a_dataset_of_tags_is_converted_without_sites_and_scored_against_the_masks_kept_apart(tmp_path: Path):
+    tasks = {task.name.removeprefix("lesions: "): task for task in lesions(tmp_path)}
+    assert "--source" not in tasks["convert all"].command
+    assert tasks["convert all"].command[-2:] == ("--modalities", "T1,T2")
+    raw = "nnUNet_raw/Dataset740_BraTS2019_T1-T2_tags"
+    source, predict = tasks["evaluate source all CAM seed 0"].typed, tasks["predict all CAM seed 0"].typed
+    assert f"{raw}/labelsVal" in source
+    assert "fold_0/validation_cam" in source
+    assert f"{raw}/imagesTs" in predict
+
+
+def test_pseudo_labels_are_a_dataset_of_each_seed_behind_the_training_they_come_from(tmp_path: Path):
+    tasks = lesions(tmp_path)
+    names = [task.name.removeprefix("lesions: ") for task in tasks]
+    known = {task.key for task in tasks}
+    done: set[str] = set()
+    for task in tasks:
+        assert set(task.needs) <= done, task.name  # each behind those it needs
+        done.add(task.key)
+    assert done == known
+    for seed, number in ((0, 741), (1, 742)):
+        made = tasks[names.index(f"pseudo-labels all stage 2 seed {seed}")]
+        assert made.needs == (tasks[names.index(f"train all CAM seed {seed}")].key,)
+        assert ("--out", str(number)) == made.command[made.command.index("--out") :][:2]
+        assert made.command[-2:] == ("--threshold", "0.4")
+        train = tasks[names.index(f"train all stage 2 seed {seed}")]
+        assert train.needs == (tasks[names.index(f"plan all stage 2 seed {seed}")].key,)
+        assert str(number) in train.command
+        source = tasks[names.index(f"evaluate source all stage 2 seed {seed}")].typed
+        assert f"Dataset{number}_BraTS2019_T1-T2_tags_pseudo/labelsVal" in source
+        assert "fold_0/validation " in source
+
+
+def test_methods_of_masks_and_of_tags_are_not_mixed_up(tmp_path: Path):
+    methods = {
+        "stock": {"trainer": "nnUNetTrainer"},
+        "early": {"trainer": "nnUNetTrainer", "pseudo_labels": "CAM", "batch_size": 4},
+        "CAM": {"trainer": "EquivariantCAMTrainer"},
+        "loose": {"trainer": "EquivariantCAMTrainer", "pseudo_options": ["--threshold", "0.4"]},
+    }
+    with pytest.raises(BadInput) as error:
+        lesions(tmp_path, methods=methods)
+    text = str(error.value)
+    assert "nnUNetTrainer learns from masks, and brats has tags" in text
+    assert "a method of tags named before it" in text
+    assert "nnU-Net's own plans" in text
+    assert "pseudo_labels too" in text
+    with pytest.raises(BadInput, match="not every dataset has them"):
+        tasks_of(tmp_path, methods={"stock": {"trainer": "nnUNetTrainer"}, "CAM": {"trainer": "EquivariantCAMTrainer"}})
+    with_masks = {"lesions": {**LESIONS["datasets"]["lesions"], "options": ["--supervision", "masks"]}}
+    twin = lesions(tmp_path, datasets=with_masks, methods={"stock": {"trainer": "nnUNetTrainer"}}, baseline="stock")
+    assert any("Dataset740_BraTS2019_T1-T2_masks/labelsTr" in task.typed for task in twin)
+    with pytest.raises(BadInput, match="splits its cases itself"):
+        lesions(tmp_path, datasets={"lesions": {**LESIONS["datasets"]["lesions"], "sources": ["CBICA"]}})
