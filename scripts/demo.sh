@@ -6,16 +6,18 @@
 #                                        about 12 minutes on 2 cores after installation
 #   bash scripts/demo.sh epl             EPL on the same phantom: five sites train, one labelled patient each, equal
 #                                        labelled samples for both
-#   bash scripts/demo.sh ... --data DIR  the real download (SAML layout), same steps
+#   bash scripts/demo.sh equivariant     equivariant CAMs on made brains: slice tags only, then stock nnU-Net on the
+#                                        pseudo labels for as long
+#   bash scripts/demo.sh ... --data DIR  the real download (SAML layout; equivariant: BraTS 2019), same steps
 #
-# Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; epl: demo_output_epl)
-#          --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (60; 5000 with --data)
+# Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; others: demo_output_METHOD)
+#          desam: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (60; 5000 with --data)
 # Killed or stopped? Run it again: finished steps are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 method=desam
-case "${1:-}" in desam | epl) method="$1"; shift ;; esac
+case "${1:-}" in desam | epl | equivariant) method="$1"; shift ;; esac
 data="" site="" steps="" out="" device=""
 while [ $# -gt 0 ]; do
   case "$1 $method" in
@@ -24,20 +26,26 @@ while [ $# -gt 0 ]; do
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,13p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
 if [ -n "$data" ] && [ ! -d "$data" ]; then echo "--data $data: no such folder" >&2; exit 2; fi
 [ -z "$data" ] || data="$(cd "$data" && pwd)"
-if [ "$method" = desam ]; then
-  out="${out:-demo_output}" site="${site:-RUNMC}" trainer=DeSAMTrainer id=501
-  dataset="Dataset501_ProstateSAML_$site" convert=(--source "$site")
-else
-  out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=517
-  dataset="Dataset517_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
-  [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=60; }
-fi
+phantom=nnunet_dgplugins.phantom converter=prostate-saml
+case "$method" in
+  desam)
+    out="${out:-demo_output}" site="${site:-RUNMC}" trainer=DeSAMTrainer id=501
+    dataset="Dataset501_ProstateSAML_$site" convert=(--source "$site") ;;
+  epl)
+    out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=517
+    dataset="Dataset517_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
+    [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=60; } ;;
+  equivariant)
+    out="${out:-demo_output_equivariant}" trainer=EquivariantCAMTrainer id=518
+    dataset=Dataset518_BraTS2019_T1-T2_tags convert=(--modalities T1,T2 --val 0.1 --test 0.2)
+    phantom=nnunet_dgplugins.lesion_phantom converter=brats ;;
+esac
 
 . scripts/install.sh
 started=$SECONDS
@@ -69,33 +77,52 @@ step() { # step NAME COMMAND...: run once, remember that it ended well
 
 if [ -z "$data" ]; then
   data="$out/download"
-  step phantom python -m nnunet_dgplugins.phantom "$data"
+  step phantom python -m "$phantom" "$data"
 fi
-step convert dgplugins convert prostate-saml "$data" --id "$id" "${convert[@]}"
+step convert dgplugins convert "$converter" "$data" --id "$id" "${convert[@]}"
 # planning splits its work over processes of its own and needs at least one augmentation worker set
-step plan env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d "$id" -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar
+plan=(env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar)
+step plan "${plan[@]}" -d "$id"
 images="$nnUNet_raw/$dataset/imagesTs"
 
-if [ "$method" = desam ]; then
+settings() { # settings TEXT: how the made images are trained on, unless the user says it
   if [ "$data" = "$out/download" ] && [ -z "${DGPLUGINS_SETTINGS:-}" ]; then
-    # few patients of one scanner: augmented views, and an organ keeps its size in mm (the sites show 137 to 192 mm);
-    # 8 epochs of five views instead of the paper's 50 of one; the same in studies/encoders.yaml
     export DGPLUGINS_SETTINGS="$out/settings.yaml"
-    echo "DeSAMTrainer: {epochs: 8, augmented_views: 4, field_of_view: source}" > "$DGPLUGINS_SETTINGS"
+    echo "$1" > "$DGPLUGINS_SETTINGS"
   fi
+}
+minutes_of() { python scripts/demo_table.py minutes "$nnUNet_results/$dataset/$1__nnUNetPlans__2d/fold_0"; }
+
+second="$id" # dataset of the stock trainer
+if [ "$method" = desam ]; then
+  # few patients of one scanner: augmented views, and an organ keeps its size in mm (the sites show 137 to 192 mm);
+  # 8 epochs of five views instead of the paper's 50 of one; the same in studies/encoders.yaml
+  settings "DeSAMTrainer: {epochs: 8, augmented_views: 4, field_of_view: source}"
   step train_desam nnUNetv2_train 501 2d 0 -tr DeSAMTrainer -device "$device"
-  minutes="$(python scripts/demo_table.py minutes "$nnUNet_results/$dataset/DeSAMTrainer__nnUNetPlans__2d/fold_0")"
-  equal=(--minutes "$minutes")
-else
+  equal=(--minutes "$(minutes_of DeSAMTrainer)")
+elif [ "$method" = epl ]; then
   equal=(--iterations "$steps")
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
+else
+  # small images and few of them: the prostate's width and a higher rate
+  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.001, cmer_reduction: sum}"
+  step train_cam nnUNetv2_train 518 2d 0 -tr EquivariantCAMTrainer -device "$device"
+  step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/EquivariantCAMTrainer__nnUNetPlans__2d" \
+    --out 519 --device "$device"
+  step plan_second "${plan[@]}" -d 519
+  second=519 equal=(--minutes "$(minutes_of EquivariantCAMTrainer)")
 fi
-step train_stock python -m nnunet_dgplugins.budget "$id" 2d 0 -tr nnUNetTrainer "${equal[@]}" -device "$device"
+step train_stock python -m nnunet_dgplugins.budget "$second" 2d 0 -tr nnUNetTrainer "${equal[@]}" -device "$device"
 # without mirroring, for both: a quarter of the time
 for name in "$trainer" nnUNetTrainer; do
-  step "predict_$name" nnUNetv2_predict -d "$id" -i "$images" -o "$out/predictions/$name" -c 2d -f 0 \
+  [ "$name" = nnUNetTrainer ] && of="$second" || of="$id"
+  step "predict_$name" nnUNetv2_predict -d "$of" -i "$images" -o "$out/predictions/$name" -c 2d -f 0 \
     -tr "$name" -device "$device" -npp 0 -nps 0 --disable_tta
   step "evaluate_$name" dgplugins evaluate "$id" "$out/predictions/$name" --csv "$out/$name.csv"
 done
-python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}"
+if [ "$second" = "$id" ]; then
+  python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}"
+else
+  python scripts/demo_table.py stages "$id" "$out" "${equal[@]}"
+fi
 echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Logs: $out/log"

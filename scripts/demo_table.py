@@ -69,6 +69,33 @@ def table(dataset: str, out: Path, trainer: str, minutes: float | None, iteratio
     _overlays(rows[0][2], method, out / "overlays")
 
 
+@cli.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--minutes", type=float, required=True, help="Training time of each stage.")
+def stages(dataset: str, out: Path, minutes: float) -> None:
+    """Print Dice per test volume of maps from tags and of stock nnU-Net on their pseudo labels, and draw the cases."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nnunet_dgplugins.evaluation.overlay import overlay_folder
+
+    data = Dataset.load(dataset)
+    names = {"EquivariantCAMTrainer": "maps from tags", "nnUNetTrainer": "stock nnU-Net on their pseudo labels"}
+    results = {label: evaluate(data, out / "predictions" / name) for name, label in names.items()}
+    title = f"Dice, mean over test volumes; slice tags only, {minutes:.1f} min for each stage"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("")
+    for heading in ("mean", "lowest", "highest"):
+        shown.add_column(heading, justify="right")
+    for label, result in results.items():
+        dice = result.table[result.table["metric"] == "dice"]["value"]
+        shown.add_row(label, *[f"{value:.3f}" for value in (dice.mean(), dice.min(), dice.max())])
+    Console(width=120).print(shown)
+    overlay_folder(results["maps from tags"], out / "overlays")
+    click.echo(f"Overlays (truth and maps, every test volume): {out / 'overlays'}")
+
+
 def training_minutes(fold: Path) -> float:
     """Return how long the epochs of a finished training took, in minutes."""
     from nnunet_dgplugins.trainers.checkpoints import read_checkpoint

@@ -59,8 +59,25 @@ def test_the_demo_of_epl_trains_with_few_labels_and_predicts_the_site_left_out(t
     assert sum(case["labelled"] for name, case in cases.items() if not name.startswith("UCL")) == 5
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_of_equivariant_cams_trains_both_stages_from_tags(tmp_path: Path):
+    quick = "EquivariantCAMTrainer: {width_divisor: 16, epochs: 2, initial_lr: 0.001, threshold: 0.1}\n"
+    first, _ = run(tmp_path, quick, "equivariant")
+    for word in ("maps from tags", "stock nnU-Net on their pseudo labels", "slice tags only"):
+        assert word in first.stdout
+    pseudo = tmp_path / "demo" / "nnUNet_raw" / "Dataset519_BraTS2019_T1-T2_tags_pseudo"
+    assert (pseudo / "pseudo_labels.png").is_file()
+    assert len(list((tmp_path / "demo" / "overlays").glob("*.png"))) == 5
+
+
 def test_the_demo_refuses_options_of_the_other_method_before_it_installs_anything():
-    for words in (["epl", "--source", "HK"], ["--steps", "5"], ["epl", "--data", "/nowhere"]):
+    for words in (
+        ["epl", "--source", "HK"],
+        ["--steps", "5"],
+        ["equivariant", "--steps", "5"],
+        ["epl", "--data", "/nowhere"],
+    ):
         done = subprocess.run(["bash", str(ROOT / "scripts" / "demo.sh"), *words], capture_output=True, text=True,
                               check=False)  # fmt: skip
         assert done.returncode == 2
