@@ -250,7 +250,7 @@ def test_a_zip_carries_everything_to_an_empty_results_folder(semi: World):
 class SmallDeepLab(torch.nn.Sequential):
     """Stands for DeepLabV3+: batch normalisation, one output, no decoder."""
 
-    def __init__(self, in_channels: int, num_classes: int):
+    def __init__(self, in_channels: int, num_classes: int, input_scaling: str):
         super().__init__(
             torch.nn.Conv2d(in_channels, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, num_classes, 1)
         )
@@ -275,7 +275,7 @@ def start_weights(semi: World, monkeypatch: pytest.MonkeyPatch) -> dict[str, tor
     from nnunet_dgplugins.methods.epl import deeplab
 
     class Net(torch.nn.Module):
-        def __init__(self, in_channels: int, num_classes: int):
+        def __init__(self, in_channels: int, num_classes: int, input_scaling: str):
             super().__init__()
             self.backbone = torch.nn.Sequential(torch.nn.Conv2d(in_channels, 4, 3, padding=1))
             self.classifier = torch.nn.Conv2d(4, num_classes, 1)

@@ -275,7 +275,7 @@ def test_the_rate_stays_or_decays_for_both_networks(semi: World):
 
 def test_settings_that_cannot_be_are_refused(semi: World):
     for options, sentence in (
-        ({"start_weights": "x.pth"}, "start_weights are for"),
+        ({"start_weights": "x.pth"}, "start_weights and input_scaling are for"),
         ({"fourier_fraction": 0.6}, "at most 0.5"),
         ({"export_second": True}, "not all"),
     ):

@@ -129,11 +129,11 @@ def test_other_choices_and_other_folds_make_the_dataset_anew_when_that_is_allowe
     first = make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.3))
     with pytest.raises(UserError, match="--overwrite"):
         make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, kind="grad_cam_plus_plus", fusion="1"))
-    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1"), overwrite=True)
+    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1", gate="none"), overwrite=True)
     origin = read_json(first / "dataset.json")["dgplugins"]["protocol"]["pseudo_labels"]
     assert (origin["threshold"], origin["fusion"], origin["kind"]) == (0.1, 1, "cam")
     tagged.write_splits([{"train": ["case_0"], "val": ["case_1"]}])
-    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1"), overwrite=True)
+    make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1", gate="none"), overwrite=True)
     assert read_json(first / "splits_final.json") == [{"train": ["case_0"], "val": ["case_1"]}]
 
 
