@@ -6,6 +6,8 @@ box of non-zero pixels, in training, embedding and prediction alike, so padding 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 Box = tuple[int, int, int, int]
@@ -42,10 +44,8 @@ def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
-def tiled_warning(x: torch.Tensor) -> str | None:
-    """Return what to say where a slice of (B, C, H, W) fills the whole patch, None where none does."""
-    size = (int(x.shape[-2]), int(x.shape[-1]))
-    boxes = [content_box(item) for item in x]
+def tiled_warning(boxes: Sequence[Box | None], size: tuple[int, int]) -> str | None:
+    """Return what to say where a slice with one of these boxes fills a patch of this size, None where none does."""
     if not any(box and (box[1] - box[0] == size[0] or box[3] - box[2] == size[1]) for box in boxes):
         return None
     return (

@@ -85,7 +85,8 @@ class SliceSegmenter(nn.Module):
 
         The way depends on the content of each slice and is no graph: nnUNet_compile is accepted and has no effect.
         """
-        if not self._warned and (text := tiled_warning(x)):
+        size = (int(x.shape[-2]), int(x.shape[-1]))
+        if not self._warned and (text := tiled_warning([content_box(item) for item in x], size)):
             self._warned = True
             warnings.warn(text, stacklevel=3)
         return self.segment(x)[0]

@@ -127,8 +127,13 @@ class DGTrainer(nnUNetTrainer):
             configuration[settings.KEY] = {
                 **configuration.get(settings.KEY, {}),
                 type(self).__name__: content,
+                **self.beside_settings(),
             }
         self.plans_manager.plans.setdefault(settings.KEY, {})["version"] = __version__
+
+    def beside_settings(self) -> dict[str, Any]:
+        """Return what prediction needs in the plans beside the settings to rebuild the network."""
+        return {}
 
     def _set_in_plans(self, key: str, value: Any) -> None:
         """Set a configuration value in the plans that are saved beside the model and in the live copy."""
@@ -264,6 +269,18 @@ class DGTrainer(nnUNetTrainer):
                 f"cases {', '.join(map(str, keys))}. Look at these images, or lower initial_lr."
             )
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Differentiate, scaled in mixed precision."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def optimizer_step(self) -> None:
+        """Step the optimiser, and the scale in mixed precision."""
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
     def autocast(self) -> torch.autocast:
         """Return the autocast context of the step: float16 on CUDA, bfloat16 on CPU when asked for."""
         if self.device.type == "cuda":
@@ -271,9 +288,14 @@ class DGTrainer(nnUNetTrainer):
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.settings.cpu_bfloat16)
 
 
+def derived_seed(*numbers: int) -> int:
+    """Return one seed made of several numbers (seed, epoch, rank, ...)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_everything(*numbers: int) -> None:
     """Seed Python, NumPy and torch from several numbers (seed, epoch, rank, ...)."""
-    value = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    value = derived_seed(*numbers)
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)

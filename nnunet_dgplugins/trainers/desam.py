@@ -69,15 +69,10 @@ class DeSAMTrainer(WholeSliceTrainer):
             resolved = replace(resolved, channels=(0, 1, 2) if coloured else (0,))
         return resolved
 
-    def _write_into_plans(self) -> None:
-        super()._write_into_plans()
-        # the predictor tells the network the number of heads, not whether they are classes or regions, and no sizes
-        for configuration in (
-            self.plans_manager.plans["configurations"][self.configuration_name],
-            self.configuration_manager.configuration,
-        ):
-            configuration[settings.KEY]["heads"] = "regions" if self.label_manager.has_regions else "classes"
-            configuration[settings.KEY]["field"] = list(self.field or ())
+    def beside_settings(self) -> dict[str, Any]:
+        """Keep what the predictor does not tell a network: whether heads are classes or regions, and sizes."""
+        heads = "regions" if self.label_manager.has_regions else "classes"
+        return {"heads": heads, "field": list(self.field or ())}
 
     @classmethod
     def build_network_architecture(
@@ -233,13 +228,8 @@ class DeSAMTrainer(WholeSliceTrainer):
             prediction = self._prompted(features, target, valid)
         loss = self.loss(target=target, valid=valid, variant=self.settings.loss, **prediction)["total"]
         self.check_loss(loss, sorted({key.case for key in batch["keys"]}))
-        if self.grad_scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.grad_scaler.scale(loss).backward()
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        self.backward(loss)
+        self.optimizer_step()
         return {"loss": loss.detach().cpu().numpy()}
 
     def _prompted(

@@ -32,7 +32,7 @@ from nnunet_dgplugins.methods.epl.step import (
 )
 from nnunet_dgplugins.methods.epl.styles import fourier_version
 from nnunet_dgplugins.settings import EPLSettings, TrainingSettings
-from nnunet_dgplugins.trainers.base import DGTrainer, flattened, seed_everything
+from nnunet_dgplugins.trainers.base import DGTrainer, derived_seed, flattened, seed_everything
 from nnunet_dgplugins.trainers.second_network import export_second, exported_checkpoints
 
 _CLIP = 12  # nnU-Net's
@@ -256,8 +256,7 @@ class EPLTrainer(DGTrainer):
         """Start the epoch's own stream of masks and partners."""
         super().on_train_epoch_start()
         self.second_network.train()
-        seed = np.random.SeedSequence([self.settings.seed, self.current_epoch, _DRAWS_SEED]).generate_state(1)[0]
-        self.draws = torch.Generator().manual_seed(int(seed))
+        self.draws = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.current_epoch, _DRAWS_SEED))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step of both networks on labelled and unlabelled patches."""
@@ -267,16 +266,11 @@ class EPLTrainer(DGTrainer):
             supervised, unlabelled, confidence = self._losses(batch, weight)
         loss = supervised if unlabelled is None else supervised + unlabelled
         self.check_loss(loss, sorted({*batch["keys"], *batch["unlabelled_keys"]}))
-        if self.grad_scaler is None:
-            loss.backward()
-            self._clip()
-            self.optimizer.step()
-        else:
-            self.grad_scaler.scale(loss).backward()
+        self.backward(loss)
+        if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            self._clip()
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        self._clip()
+        self.optimizer_step()
         parts = {"loss": loss, "supervised": supervised, "confidence": confidence}
         return {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
 

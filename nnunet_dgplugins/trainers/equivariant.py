@@ -19,10 +19,11 @@ from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.methods.cam import standardise
 from nnunet_dgplugins.methods.equivariant import transforms
 from nnunet_dgplugins.methods.equivariant.losses import Terms, cross_entropy, terms
-from nnunet_dgplugins.methods.equivariant.network import STRIDE, UNetCAM, grouped_pass, separate_pass
-from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, shown_in
+from nnunet_dgplugins.methods.equivariant.network import UNetCAM, grouped_pass, separate_pass
+from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, rounded, shown_in
 from nnunet_dgplugins.methods.equivariant.step import branches, one_graph_at_a_time
 from nnunet_dgplugins.settings import EquivariantSettings
+from nnunet_dgplugins.trainers.base import derived_seed
 from nnunet_dgplugins.trainers.cam_validation import validate_maps
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
 
@@ -108,18 +109,14 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
             )
         return resolved
 
-    def _write_into_plans(self) -> None:
-        super()._write_into_plans()
-        for configuration in (
-            self.plans_manager.plans["configurations"][self.configuration_name],
-            self.configuration_manager.configuration,
-        ):
-            configuration[settings.KEY]["field"] = list(self.field)
+    def beside_settings(self) -> dict[str, Any]:
+        """Keep the frame's size, which prediction cannot know."""
+        return {"field": list(self.field)}
 
     @property
     def field(self) -> tuple[int, int]:
         """Rows and columns of the square frame of every slice, so that quarter turns keep its shape."""
-        side = STRIDE * -(-max(self.largest_slice) // STRIDE)
+        side = rounded(max(self.largest_slice))
         return side, side
 
     @classmethod
@@ -188,8 +185,7 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
     def on_train_epoch_start(self) -> None:
         """Start the epoch's own stream of transforms."""
         super().on_train_epoch_start()
-        seed = np.random.SeedSequence([self.settings.seed, self.current_epoch, _DRAWS_SEED]).generate_state(1)[0]
-        self.draws = torch.Generator().manual_seed(int(seed))
+        self.draws = torch.Generator().manual_seed(derived_seed(self.settings.seed, self.current_epoch, _DRAWS_SEED))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step of all modalities' networks."""
@@ -202,14 +198,10 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         totals, parts = [], {}
         for total, found in self._totals(images, tags, transform):
             self.check_loss(total, batch["keys"])
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            self.backward(total)
             totals.append(total.detach())
             parts = {name: getattr(found, name).detach().cpu().numpy() for name in _TERMS}
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        self.optimizer_step()
         return {"loss": torch.stack(totals).sum().cpu().numpy(), **parts}
 
     def _totals(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_dgplugins.content import Field, content_box, crop, margins, tiled_warning
+from nnunet_dgplugins.content import Box, Field, content_box, crop, margins, tiled_warning
 from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, Found, foreground_maps, fuse
 from nnunet_dgplugins.methods.equivariant.network import STRIDE, UNetCAM
 
@@ -52,13 +53,16 @@ class CAMSegmenter(nn.Module):
         """The networks, one per modality."""
         return [network for network in self.networks if isinstance(network, UNetCAM)]
 
-    def found(self, x: Tensor, kind: str = "cam") -> Found:
+    def found(self, x: Tensor, kind: str = "cam", boxes: Sequence[Box | None] | None = None) -> Found:
         """Return logits (M, B, 2) and maps (B, M, H, W) of slices (B, M, H, W), zero-padded or not.
 
-        Maps are 0 outside a slice's content; a slice of zeros is absent without asking the networks.
+        Maps are 0 outside a slice's content; a slice of zeros is absent without asking the networks. ``boxes`` are the
+        slices' content boxes where the caller has them.
         """
-        boxes = [content_box(item) for item in x]
-        frames = {index: shown_in(x[index], self.field) for index, box in enumerate(boxes) if box is not None}
+        boxes = [content_box(item) for item in x] if boxes is None else boxes
+        frames = {
+            index: framed(crop(x[index], box).float(), self.field) for index, box in enumerate(boxes) if box is not None
+        }
         maps = x.new_zeros(x.shape, dtype=torch.float32)
         logits = torch.tensor(_ABSENT, device=x.device).repeat(x.shape[1], len(x), 1)
         with torch.autocast(x.device.type, enabled=False):
@@ -77,10 +81,11 @@ class CAMSegmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map slices (B, M, H, W) to logits (B, 2, H, W): 0, and 20 * (map - threshold), which wins above it."""
-        if not self._warned and (text := tiled_warning(x)):
+        boxes = [content_box(item) for item in x]
+        if not self._warned and (text := tiled_warning(boxes, (int(x.shape[-2]), int(x.shape[-1])))):
             self._warned = True
             warnings.warn(text, stacklevel=2)
-        present = SLOPE * (self.fused(self.found(x)) - self.threshold)
+        present = SLOPE * (self.fused(self.found(x, boxes=boxes)) - self.threshold)
         return torch.stack([torch.zeros_like(present), present], 1)
 
 
@@ -92,7 +97,7 @@ def shown_in(image: Tensor, field: Field) -> Tensor:
 def framed(content: Tensor, field: Field) -> Tensor:
     """Return content (..., h, w) in the middle of a field of zeros; a larger one, of multiples of 8, where it must."""
     height, width = content.shape[-2:]
-    rows, columns = (max(_rounded(size), least) for size, least in zip((height, width), field, strict=True))
+    rows, columns = (max(rounded(size), least) for size, least in zip((height, width), field, strict=True))
     return F.pad(content, margins(height, width, (rows, columns)))
 
 
@@ -102,5 +107,6 @@ def unframed(frame: Tensor, size: tuple[int, int]) -> Tensor:
     return frame[..., top : top + size[0], left : left + size[1]]
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """Return the next multiple of 8, which the poolings can divide."""
     return STRIDE * -(-size // STRIDE)
