@@ -17,7 +17,7 @@ from dataset_conversion._facts import Raters, Source, SourceCase, Stack
 from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
 from dataset_conversion._slices import read_stack
 from nnunet_dgplugins.errors import Problem
-from nnunet_dgplugins.files import replacing
+from nnunet_dgplugins.files import VALIDATION_MASKS, replacing
 
 GEOMETRY_TOLERANCE = 1e-3  # mm; rounding of headers stays below, one shifted voxel does not
 
@@ -280,7 +280,7 @@ def write_case(
     mask_path: Path | None = folder / f"labels{part}" / f"{case.name}.nii.gz"
     tag_path = mask_path if recipe.min_pixels and part == "Tr" else None
     if tag_path is not None:
-        mask_path = folder / "labelsVal" / tag_path.name if validates else None
+        mask_path = folder / VALIDATION_MASKS / tag_path.name if validates else None
     need_mask = mask_path is not None and not mask_path.exists() and not (checked.label_as_is and recipe.link)
     need_tags = tag_path is not None and not tag_path.exists()
     need_volumes = (

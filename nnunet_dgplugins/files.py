@@ -15,6 +15,10 @@ from typing import Any
 from nnunet_dgplugins.errors import UserError, nearest
 
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
+#: beside ``labelsTr`` in a raw dataset of tags: real masks of validation cases
+VALIDATION_MASKS = "labelsVal"
+#: in a fold of a trainer of tags; not nnU-Net's "validation": find_best_configuration would score against labelsTr
+CAM_VALIDATION = "validation_cam"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class TrainerInfo:
         output: what comes out.
         after: trainer of the stage before, trained on the same dataset first; "" for a first stage.
         tags: whether it learns from tags in the case table instead of masks.
+        planned: whether it trains the network, patches and batches that nnU-Net planned, as stock trainers do.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TrainerInfo:
     output: str
     after: str = ""
     tags: bool = False
+    planned: bool = False
 
 
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
@@ -70,6 +72,7 @@ TRAINERS: dict[str, TrainerInfo] = {
             "Segmentation, AAAI 2022 (arXiv 2201.08657)",
             supervision="masks of few cases, images of many",
             output="segmentation",
+            planned=True,
         ),
         TrainerInfo(
             name="EquivariantCAMTrainer",

@@ -21,11 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from measure import Row, in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-#: what, published order of work (or without), ours (or with), ratio, note
-Row = tuple[str, str, str, str, str]
 TITLES = {
     "startup": "Start-up file (`python -c pass` without and with it) and quick commands",
     "steps": "Training step of the decoder on the CPU: allocator and bfloat16",
@@ -139,18 +138,6 @@ def training_step(model_name: str, prompt: str, batch: int, device):
         scaler.update()
 
     return step
-
-
-def in_turn(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Run the variants in turn and return the median seconds of each; one round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(repeats + 1):
-        for name, work in variants.items():
-            begun = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def gpu_rows(models: tuple[str, ...] = ("vit_b", "vit_h"), batch: int = 8, repeats: int = 10) -> list[Row]:

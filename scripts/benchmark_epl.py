@@ -11,17 +11,13 @@ the CPU is the peak of a process of its own for each variant, libraries included
 
 from __future__ import annotations
 
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import click
 import numpy as np
 import torch
+from measure import Row, gpu_peak, in_turn, own_peak, peak_of_process, place
 
 from nnunet_dgplugins.methods.epl.cutmix import sample_masks
 from nnunet_dgplugins.methods.epl.deeplab import DeepLabV3Plus
@@ -30,32 +26,11 @@ from nnunet_dgplugins.methods.epl.step import UnlabelledImages, batched_passes, 
 from nnunet_dgplugins.methods.spectral import full_mix, half_width, window_swap
 from nnunet_dgplugins.system import keep_freed_memory
 
-#: what, published order of work, ours, ratio, note
-Row = tuple[str, str, str, str, str]
 LABELLED, UNLABELLED, CLASSES = 2, 2, 4
 FORMS = {"14 forwards": published_passes, "4 forwards": batched_passes}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 PUBLISHED = ("14 forwards", "contiguous")
 VARIANTS = [(form, layout) for form in FORMS for layout in LAYOUTS]
-
-
-def in_turn(variants: dict, repeats: int, device: torch.device) -> dict:
-    """Run the variants in turn and return the median seconds of each; one round warms up."""
-    times: dict = {name: [] for name in variants}
-    for number in range(repeats + 1):
-        for name, work in variants.items():
-            _wait(device)
-            begun = time.perf_counter()
-            work()
-            _wait(device)
-            if number:
-                times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------- Fourier
@@ -120,7 +95,7 @@ def fourier_rows(side: int = 300, batch: int = 4, repeats: int = 20, device_name
         ).max()
         note = (
             f"bound {bound}x; without the unused mirror image {ms['no mirror']:.2f} ms in NumPy; ours alone "
-            f"{ms['alone']:.3f} ms; results differ by {off:.0e}; {_threads(device)}, median of {repeats}"
+            f"{ms['alone']:.3f} ms; results differ by {off:.0e}; {place(device)}, median of {repeats}"
         )
         rows.append((
             f"Fourier {name} per {side}x{side} image, batch {batch}, {device.type}",
@@ -174,7 +149,7 @@ def step_rows(size: int = 288, repeats: int = 5, device_name: str = "cpu", amp: 
     del both
     peaks = {variant: _peak(*variant, size, device, amp) for variant in VARIANTS}
     what = f"EPL step, DeepLabV3+, {LABELLED}+{2 * UNLABELLED} images of {size}x{size}, {device.type}"
-    said = f"{_threads(device)}, median of {repeats}, {allocator}"
+    said = f"{place(device)}, median of {repeats}, {allocator}"
     return [
         (
             f"{what}, {', '.join(variant)}",
@@ -191,20 +166,9 @@ def step_rows(size: int = 288, repeats: int = 5, device_name: str = "cpu", amp: 
 def _peak(form: str, layout: str, size: int, device: torch.device, amp: bool) -> float:
     """Return the peak memory of two steps in GB: of a process of its own on the CPU, allocated by torch on the GPU."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         step = training_steps(layout, size, device, amp)[form]
-        step(), step()
-        return torch.cuda.max_memory_allocated() / 1e9
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", form, layout, "--size", str(size)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout.split()[-1])
-
-
-def _threads(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return gpu_peak(lambda: (step(), step()))
+    return peak_of_process(__file__, "--peak", form, layout, "--size", size)
 
 
 def rows_on_the_cpu() -> list[Row]:
@@ -229,9 +193,7 @@ def main(device: str, size: int, image: int, repeats: int, peak: tuple[str, str]
         keep_freed_memory()
         step = training_steps(peak[1], size, torch.device("cpu"))[peak[0]]
         step(), step()
-        # kilobytes on Linux, bytes on macOS
-        scale = 1 if sys.platform == "darwin" else 1024
-        click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9)
+        click.echo(own_peak())
         return
     rows = fourier_rows(image, repeats=4 * repeats, device_name=device) + step_rows(size, repeats, device)
     if device == "cuda":

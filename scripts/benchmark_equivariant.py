@@ -12,15 +12,13 @@ variant, libraries included; on the GPU what torch allocated.
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
 import click
 import torch
-from benchmark_epl import LAYOUTS, Row, in_turn
+from benchmark_epl import LAYOUTS
+from measure import Row, gpu_peak, in_turn, own_peak, peak_of_process, place
 
 from nnunet_dgplugins.methods.cam import grad_cam, grad_cam_plus_plus, normalise, standardise
 from nnunet_dgplugins.methods.equivariant.losses import KD_WEIGHT, TEMPERATURE, terms
@@ -83,7 +81,7 @@ def step_rows(modalities: int, divisor: int, batch: int, size: int, repeats: int
             f"{seconds[PUBLISHED]:.3f} s, {peaks[PUBLISHED]:.2f} GB",
             f"{seconds[variant]:.3f} s, {peaks[variant]:.2f} GB",
             f"{seconds[PUBLISHED] / seconds[variant]:.2f}x",
-            f"{_threads(device)}, median of {repeats}, {allocator}",
+            f"{place(device)}, median of {repeats}, {allocator}",
         )
         for variant in variants
         if variant != PUBLISHED
@@ -124,7 +122,7 @@ def export_rows(modalities: int, divisor: int, batch: int, size: int, repeats: i
     }, repeats, device)  # fmt: skip
     ms = {name: 1000 * value / batch for name, value in found.items()}
     what = f"{modalities} modalities, width {64 // divisor}, {batch} slices of {size}x{size}, {device.type}"
-    note = f"bound 3x; {_threads(device)}, median of {repeats}, {allocator}"
+    note = f"bound 3x; {place(device)}, median of {repeats}, {allocator}"
     return [
         (f"CAM, Grad-CAM and Grad-CAM++ per slice, {what}", f"{ms['published']:.1f} ms (with backward passes)",
          f"{ms['ours']:.1f} ms", f"{ms['published'] / ms['ours']:.1f}x", note),
@@ -138,20 +136,9 @@ def _peak(
 ) -> float:  # fmt: skip
     """Return the peak memory of two steps in GB."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         step = training_steps(modalities, divisor, layout, batch, size, device)[form]
-        step(), step()
-        return torch.cuda.max_memory_allocated() / 1e9
-    words = [form, layout, str(modalities), str(divisor), str(batch), str(size)]
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", *words], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    return float(done.stdout.split()[-1])
-
-
-def _threads(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return gpu_peak(lambda: (step(), step()))
+    return peak_of_process(__file__, "--peak", form, layout, modalities, divisor, batch, size)
 
 
 def rows_on_the_cpu() -> list[Row]:
@@ -189,8 +176,7 @@ def main(
         numbers = [int(word) for word in peak[2:]]
         step = training_steps(numbers[0], numbers[1], peak[1], numbers[2], numbers[3], torch.device("cpu"))[peak[0]]
         step(), step()
-        scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
-        click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9)
+        click.echo(own_peak())
         return
     sizes = (modalities, divisor, batch, size, repeats, torch.device(device))
     for row in step_rows(*sizes) + export_rows(*sizes):

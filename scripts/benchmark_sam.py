@@ -14,10 +14,7 @@ from __future__ import annotations
 import io
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +23,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from measure import own_peak, peak_of_process
 
 from nnunet_dgplugins.sam.codec import BITS, pack, unpack
 from nnunet_dgplugins.sam.encoder import TappedEncoder
@@ -110,7 +108,7 @@ def encoder_rows(model_name: str = "vit_b", repeats: int = 3) -> list[Row]:
             times[name, on].append(time.perf_counter() - begun)
     keep_freed_memory()
     seconds = {key: statistics.median(values) for key, values in times.items()}
-    peaks = {name: _peak_in_own_process(model_name, name) for name in variants}
+    peaks = {name: peak_of_process(__file__, "peak", model_name, name) for name in variants}
     rows = []
     for name, on in times:
         if name == _PLAIN:
@@ -128,36 +126,13 @@ def encoder_rows(model_name: str = "vit_b", repeats: int = 3) -> list[Row]:
     return rows
 
 
-def _peak_in_own_process(model_name: str, variant: str) -> float:
-    done = subprocess.run(
-        [sys.executable, __file__, "peak", model_name, variant], capture_output=True, text=True, check=True
-    )
-    return float(done.stdout.split()[-1])
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _peak(model_name: str, variant: str) -> float:
     """Return the largest resident memory (GB) of this process during one call, weights and libraries included."""
     model = MODELS[model_name]
     work = _encoder_variants(model)[variant]
     canvas = torch.randn(1, 3, model.image_size, model.image_size)
-    highest, running = _resident(), True
-
-    def watch() -> None:
-        nonlocal highest
-        while running:
-            highest = max(highest, _resident())
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     work(canvas)
-    running = False
-    watcher.join()
-    return highest / 1e9
+    return own_peak()
 
 
 # ---------------------------------------------------------------- store

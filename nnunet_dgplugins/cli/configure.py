@@ -25,7 +25,13 @@ from nnunet_dgplugins.cli.options import configuration_option, plans_option, tra
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    help="nnU-Net's batch size in these plans, for stock trainers, where the planned one is too large for the machine.",
+    help="Planned batch size, for trainers that use it, where the machine is too small for nnU-Net's choice.",
+)
+@click.option(
+    "--patch-size", metavar="'Y X'", help="Planned patch, likewise: 2 or 3 numbers in quotes, as in the plans."
+)
+@click.option(
+    "--width-divisor", type=click.IntRange(1), default=1, help="Channels of the planned network over this, likewise."
 )
 @click.argument("more", nargs=-1, metavar="[NAME=VALUE]...")
 @click.option(
@@ -38,6 +44,8 @@ def command(
     configuration: str,
     values: tuple[str, ...],
     batch_size: int | None,
+    patch_size: str | None,
+    width_divisor: int,
     more: tuple[str, ...],
     output: str,
 ) -> None:
@@ -49,6 +57,7 @@ def command(
     from nnunet_dgplugins import settings
     from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.files import PREPROCESSED, dataset_name, nnunet_folder, read_json, write_json
+    from nnunet_dgplugins.plans import shrink
     from nnunet_dgplugins.registry import TRAINERS
 
     if "__" in output:
@@ -69,12 +78,22 @@ def command(
     content = read_json(source)
     if configuration not in content["configurations"]:
         raise UserError(f"{source}: no configuration '{configuration}', only {', '.join(content['configurations'])}.")
-    if batch_size is not None:
-        content["configurations"][configuration]["batch_size"] = batch_size
+    shrunk = batch_size is not None or bool(patch_size) or width_divisor > 1
+    if shrunk:
+        own = content["configurations"][configuration]
+        if patch_size and not all(word.isdigit() for word in patch_size.split()):
+            raise click.BadParameter(f"'{patch_size}' is not a list of whole numbers", param_hint="--patch-size")
+        if "architecture" not in own:
+            raise UserError(f"{source}: {configuration} inherits its network; shrink the configuration that has it.")
+        shrink(own, batch_size, [int(word) for word in (patch_size or "").split()], width_divisor, f"{source.name}")
     content["plans_name"] = output
-    if batch_size is not None and not asked:
+    if shrunk and not asked:
         write_json(folder / f"{output}.json", content)
-        click.echo(f"Wrote {folder / output}.json: {configuration} with batches of {batch_size}")
+        widths = own["architecture"]["arch_kwargs"]["features_per_stage"]
+        click.echo(
+            f"Wrote {folder / output}.json: {configuration} with batches of {own['batch_size']}, patches of "
+            f"{own['patch_size']}, {widths} channels"
+        )
         click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -p {output}")
         return
     block = content["configurations"][configuration].setdefault(settings.KEY, {}).setdefault(trainer, {})

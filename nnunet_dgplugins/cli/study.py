@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     import pandas
 
-    from nnunet_dgplugins.study.file import Study
+    from nnunet_dgplugins.study.definition import Study
     from nnunet_dgplugins.study.state import State
     from nnunet_dgplugins.study.tasks import Task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.evaluation.published import UNITS, published
-from nnunet_dgplugins.study.file import Data, Study
+from nnunet_dgplugins.study.definition import Data, Study
 
 #: protocol -> the average over unseen sites that its paper prints
 AVERAGES = {"desam": "pooled unseen", "samsdg": "mean unseen"}

@@ -1,4 +1,4 @@
-"""The study file: what is compared, on which data, with how much training. Read whole, refused whole."""
+"""The study file: read whole, refused whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,118 +16,10 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
 from nnunet_dgplugins.registry import TRAINERS
+from nnunet_dgplugins.study.definition import PLANNERS, PROTOCOLS, Data, Method, Study
 
-#: plans name -> nnU-Net's planner that writes it
-PLANNERS = {
-    "nnUNetPlans": "ExperimentPlanner",
-    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
-    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
-    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
-}
-#: protocol of ``dgplugins evaluate`` -> its Dice
-ALL = "all"  # stands for the source where a dataset has none
-PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
-
-
-@dataclass(frozen=True)
-class Data:
-    """One multi-site collection.
-
-    Args:
-        name: as the study calls it.
-        convert: name after ``dgplugins convert``.
-        download: folder that is converted; None when ``prepare`` makes it.
-        prepare: command that makes the download in the folder ``{download}``.
-        first_id: nnU-Net id of the first source and ratio; the others follow.
-        sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
-        ratios: labelled shares, each a dataset of its own; empty for all labels.
-        options: further words after ``dgplugins convert``.
-        spacing: target spacing in mm, slices first, instead of the planned one: coarser images for a quick study.
-    """
-
-    name: str
-    convert: str
-    first_id: int
-    sources: tuple[str, ...] = ()
-    download: str | None = None
-    prepare: str | None = None
-    ratios: tuple[float, ...] = ()
-    options: tuple[str, ...] = ()
-    spacing: tuple[float, ...] = ()
-
-    @property
-    def weak(self) -> bool:
-        """Whether its training cases have tags instead of masks."""
-        return bool(load_converter(self.convert).FACTS.tags) and "masks" not in self.options
-
-    def variants(self) -> list[tuple[str, float | None, int]]:
-        """Return source, ratio (None: all labels) and id of every dataset."""
-        pairs = [(source, ratio) for source in self.sources or (ALL,) for ratio in self.ratios or (None,)]
-        return [(source, ratio, self.first_id + number) for number, (source, ratio) in enumerate(pairs)]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One line of the comparison.
-
-    Args:
-        name: as the tables call it.
-        trainer: name after ``-tr``.
-        plans: a key of :data:`PLANNERS`.
-        settings: of a trainer of this package, as for ``dgplugins configure --set``.
-        batch_size: of a stock trainer, instead of the planned one; ResEnc presets plan for a GPU's memory.
-        pseudo_labels: a method of tags, named before this one, whose pseudo labels it trains on.
-        pseudo_options: further words after ``dgplugins pseudo-labels``.
-    """
-
-    name: str
-    trainer: str
-    plans: str = "nnUNetPlans"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
-    pseudo_labels: str | None = None
-    pseudo_options: tuple[str, ...] = ()
-
-    @property
-    def reads_tags(self) -> bool:
-        """Whether it learns from tags."""
-        return self.trainer in TRAINERS and TRAINERS[self.trainer].tags
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything a study file says.
-
-    Args:
-        name: title of the tables.
-        datasets: collections.
-        methods: lines of the comparison.
-        seeds: each a training of its own.
-        budget: of each training.
-        baseline: name of the method that the others are compared with; None: no differences.
-        configuration: nnU-Net's.
-        mirroring: predict with nnU-Net's mirroring (four times the work in 2d).
-        protocol: of ``dgplugins evaluate``; a paper's own puts its published numbers beside ours, on its data.
-        device: cpu, cuda, mps, or auto.
-    """
-
-    name: str
-    datasets: tuple[Data, ...]
-    methods: tuple[Method, ...]
-    budget: Budget
-    seeds: tuple[int, ...] = (0,)
-    baseline: str | None = None
-    configuration: str = "2d"
-    mirroring: bool = True
-    protocol: str = "standard"
-    device: str = "auto"
-
-    @property
-    def metric(self) -> str:
-        """The metric of the tables unless another is asked for: the protocol's Dice."""
-        return PROTOCOLS[self.protocol]
 
 
 def read_study(path: Path) -> Study:
@@ -250,11 +142,13 @@ class _Reader:
             self.note(f"{where}, settings", f"{trainer} is not of this package", "no settings")
         elif chosen:
             self._settings(f"{where}, settings", trainer, chosen)
-        size = values.get("batch_size")
-        if size is not None and (size < 1 or trainer in TRAINERS):
-            self.note(f"{where}, batch_size", f"{size} for {trainer}", "1 or more, for a stock trainer",
-                      "Trainers of this package have a setting batch_size.")  # fmt: skip
-        return Method(name=name, **values)
+        method = Method(name=name, **values)
+        sizes = (method.batch_size if method.batch_size is not None else 1, *method.patch_size, method.width_divisor)
+        if min(sizes) < 1:
+            self.note(f"{where}, batch_size, patch_size, width_divisor", str(min(sizes)), "1 or more")
+        if method.smaller and trainer in TRAINERS and not TRAINERS[trainer].planned:
+            self.note(where, " ".join(method.smaller), f"settings of {trainer}, which builds a network of its own")
+        return method
 
     def _settings(self, where: str, trainer: str, chosen: Mapping[str, Any]) -> None:
         for key in ("seed", "epochs"):
@@ -339,8 +233,8 @@ class _Reader:
             where = f"method {method.name}"
             if method.pseudo_labels and method.pseudo_labels not in earlier:
                 self.note(f"{where}, pseudo_labels", method.pseudo_labels, "a method of tags named before it")
-            if method.pseudo_labels and (method.plans != "nnUNetPlans" or method.batch_size or method.settings):
-                self.note(where, "plans, batch_size or settings", "a method of pseudo labels has nnU-Net's own plans")
+            if method.pseudo_labels and (method.plans != "nnUNetPlans" or method.smaller or method.settings):
+                self.note(where, "plans, sizes or settings", "a method of pseudo labels has nnU-Net's own plans")
             if method.pseudo_options and not method.pseudo_labels:
                 self.note(f"{where}, pseudo_options", repr(list(method.pseudo_options)), "pseudo_labels too")
             if method.reads_tags:

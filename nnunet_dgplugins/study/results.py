@@ -11,7 +11,7 @@ from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.data import splits
 from nnunet_dgplugins.files import read_json, write_bytes, write_json
 from nnunet_dgplugins.study.beside import AVERAGES, published_rows
-from nnunet_dgplugins.study.file import Data, Study
+from nnunet_dgplugins.study.definition import Data, Study
 from nnunet_dgplugins.study.tasks import Run, Task
 
 if TYPE_CHECKING:

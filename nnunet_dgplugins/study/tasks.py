@@ -20,10 +20,18 @@ from dataset_conversion._command import planned_name
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins import __version__, settings
 from nnunet_dgplugins.data.splits import SPLITS
-from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, content_hash, file_sha256
+from nnunet_dgplugins.files import (
+    CAM_VALIDATION,
+    PREPROCESSED,
+    RAW,
+    RESULTS,
+    VALIDATION_MASKS,
+    content_hash,
+    file_sha256,
+)
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.sam.models import get_model
-from nnunet_dgplugins.study.file import ALL, PLANNERS, Data, Method, Study
+from nnunet_dgplugins.study.definition import ALL, PLANNERS, Data, Method, Study
 
 #: stock commands take their threads and processes from here; none loads data in a process of its own, so that one seed
 #: gives one result
@@ -204,15 +212,14 @@ class _Variant:
         """Add what a method needs before its trainings; return the name of its plans and the key to wait for."""
         plans, ready, name = method.plans, planned, f"{self.title} {method.name}"
         own = method.trainer in TRAINERS
-        if method.batch_size:
-            plans = f"{method.plans}_{slug(method.name)}_batch{method.batch_size}"
+        if method.smaller or method.settings:
+            mark = content_hash([method.smaller, dict(method.settings)])[:8]
+            plans = f"{method.plans}_{slug(method.name)}_{mark}"
             words = ["dgplugins", "configure", self.id, "-p", method.plans, "-o", plans, "-c", self.study.configuration]
-            words += ["--batch-size", str(method.batch_size)]
+            words += method.smaller
+            if method.settings:
+                words += ["-tr", method.trainer, "--set", *_set_words(method.settings)]
             ready = self.all.add(f"configure {name}", "configure", words, (planned,))
-        if method.settings:
-            plans = f"{method.plans}_{slug(method.name)}_{content_hash(dict(method.settings))[:8]}"
-            words = ["dgplugins", "configure", self.id, "-tr", method.trainer, "-p", method.plans, "-o", plans, "--set"]
-            ready = self.all.add(f"configure {name}", "configure", [*words, *_set_words(method.settings)], (planned,))
         if own and "sam" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
             words = ["dgplugins", "embed", self.id, "-tr", method.trainer, "-p", plans, "--device", self.all.device]
             ready = self.all.add(
@@ -246,8 +253,8 @@ class _Variant:
         model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
         self.teachers[method.name, seed] = trained, model, own
         # a weak dataset keeps the masks of validation cases apart, and trainers of tags their predictions
-        truth = raw / ("labelsVal" if self.all.data.weak else "labelsTr")
-        held_out = model / "fold_0" / ("validation_cam" if method.reads_tags else "validation")
+        truth = raw / (VALIDATION_MASKS if self.all.data.weak else "labelsTr")
+        held_out = model / "fold_0" / (CAM_VALIDATION if method.reads_tags else "validation")
         source = ["dgplugins", "evaluate", number, str(held_out), "--labels", str(truth)]
         protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
         source += ["--partial", "--csv", str(values / "source.csv"), *protocol]

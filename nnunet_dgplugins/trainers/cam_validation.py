@@ -17,16 +17,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dgplugins.data.folds import is_labelled
 from nnunet_dgplugins.data.loaders import read_image, read_properties
-from nnunet_dgplugins.files import RAW, write_json
+from nnunet_dgplugins.files import CAM_VALIDATION, RAW, VALIDATION_MASKS, replacing, write_json
 from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
 from nnunet_dgplugins.methods.equivariant.segmenter import SLOPE
 from nnunet_dgplugins.methods.equivariant.volume import volume_dice
 
-FOLDER = (
-    "validation_cam"  # not nnU-Net's name: its find_best_configuration would score against labelsTr, which has tags
-)
 FILE = "cam_dice.json"
-MASKS = "labelsVal"  # beside labelsTr in the raw dataset: real masks of validation cases
 
 
 def validate_maps(trainer: Any, save_probabilities: bool) -> None:
@@ -40,7 +36,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         trainer: with its network trained.
         save_probabilities: also write nnU-Net's .npz files.
     """
-    folder = Path(trainer.output_folder) / FOLDER
+    folder = Path(trainer.output_folder) / CAM_VALIDATION
     folder.mkdir(parents=True, exist_ok=True)
     trainer.network.eval()
     (folder / FILE).unlink(missing_ok=True)  # of an earlier validation
@@ -54,19 +50,22 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     threshold: float = trainer.network.threshold
     levels = sorted({*THRESHOLDS, round(threshold, 6)})
     scores: dict[str, dict[str, float]] = {}
+    reader = trainer.plans_manager.image_reader_writer_class()
     for case in cases:
         trainer.print_to_log_file(f"predicting {case}")
         properties = read_properties(dataset, case)
         logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(read_image(dataset, case))).cpu()
-        export_prediction_from_logits(
-            logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
-            os.fspath(folder / case), save_probabilities,
-        )  # fmt: skip
-        if (truth := _truth(trainer, case)) is not None:
-            _, maps = in_file_geometry(
-                logits[1].float() / SLOPE + threshold, threshold, trainer.plans_manager,
-                trainer.configuration_manager, trainer.label_manager, properties,
+        if save_probabilities:
+            export_prediction_from_logits(
+                logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
+                os.fspath(folder / case), True,
             )  # fmt: skip
+        mask, maps = in_file_geometry(
+            logits, threshold, trainer.plans_manager, trainer.configuration_manager, trainer.label_manager, properties
+        )
+        with replacing(folder / (case + trainer.dataset_json["file_ending"])) as temporary:
+            reader.write_seg(mask, os.fspath(temporary), properties)
+        if (truth := _truth(trainer, case)) is not None:
             dice = volume_dice(np.where(truth < 0, 0, maps), truth > 0, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     trainer.network.train()
@@ -99,7 +98,7 @@ def _truth(trainer: Any, case: str) -> npt.NDArray[np.int8] | None:
     """Return the mask of a validation case (Z, Y, X) on its files' grid, -1 where ignored; None where none is known."""
     name = case + trainer.dataset_json["file_ending"]
     base = Path(trainer.preprocessed_dataset_folder_base)
-    places = [Path(os.environ.get(RAW, "")) / base.name / MASKS]
+    places = [Path(os.environ.get(RAW, "")) / base.name / VALIDATION_MASKS]
     if is_labelled(trainer.case_table, case):
         places.append(base / "gt_segmentations")
     path = next((place / name for place in places if (place / name).is_file()), None)
@@ -111,12 +110,12 @@ def _truth(trainer: Any, case: str) -> npt.NDArray[np.int8] | None:
 
 
 def in_file_geometry(
-    maps: torch.Tensor, threshold: float, plans: Any, configuration: Any, labels: Any, properties: dict[str, Any]
+    logits: torch.Tensor, threshold: float, plans: Any, configuration: Any, labels: Any, properties: dict[str, Any]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
-    """Bring fused maps of a preprocessed case back to its files' grid, by nnU-Net's own road for logits.
+    """Bring the logits of a preprocessed case back to its files' grid, by nnU-Net's own road.
 
     Args:
-        maps: (Z, Y, X), 0 to 1.
+        logits: (2, Z, Y, X), see :func:`~nnunet_dgplugins.methods.equivariant.segmenter.logits_of`.
         threshold: foreground is above.
         plans: nnU-Net's plans manager.
         configuration: its configuration.
@@ -126,7 +125,6 @@ def in_file_geometry(
     Returns:
         Mask and map (Z, Y, X), the map read back from the probability of foreground.
     """
-    logits = torch.stack([torch.zeros_like(maps), SLOPE * (maps - threshold)])
     mask, both = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits, plans, configuration, labels, properties, return_probabilities=True
     )

@@ -24,7 +24,9 @@ from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.panels import Panel, panels_png
 from nnunet_dgplugins.files import (
+    CAM_VALIDATION,
     PREPROCESSED,
+    VALIDATION_MASKS,
     content_hash,
     file_sha256,
     nnunet_folder,
@@ -33,9 +35,9 @@ from nnunet_dgplugins.files import (
     write_json,
 )
 from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, KINDS, fuse
-from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter
+from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, logits_of
 from nnunet_dgplugins.registry import TRAINERS
-from nnunet_dgplugins.trainers.cam_validation import MASKS, in_file_geometry
+from nnunet_dgplugins.trainers.cam_validation import in_file_geometry
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 from nnunet_dgplugins.trainers.deployed import Rebuilt, rebuild
 
@@ -113,9 +115,13 @@ def make_pseudo_labels(
         raise UserError(f"{raw.folder}: no training case with tags.")
     name = f"Dataset{number:03d}_{raw.folder.name[11:]}_pseudo"
     staging.refuse_other_names(name, "--out")
-    masks = {case.name: RawCase((case,), None) for case in sorted((raw.folder / MASKS).glob(f"*{raw.file_ending}"))}
+    masks = {
+        case.name: RawCase((case,), None)
+        for case in sorted((raw.folder / VALIDATION_MASKS).glob(f"*{raw.file_ending}"))
+    }
+    model_hash = file_sha256(path)
     digest = content_hash({
-        "name": name, "model": file_sha256(path), "choices": asdict(chosen), "linked": linked, "table": table.to_dict(),
+        "name": name, "model": model_hash, "choices": asdict(chosen), "linked": linked, "table": table.to_dict(),
         "json": {key: raw.content.get(key) for key in ("labels", "channel_names")}, "splits": _splits(raw),
         "train": file_list(raw.training), "test": file_list(raw.test), "masks": file_list(masks),
     })  # fmt: skip
@@ -131,11 +137,18 @@ def make_pseudo_labels(
         shutil.rmtree(folder)
         raise UserError(
             f"No voxel of {len(cases)} cases is above {chosen.threshold:g}: nothing could be learnt from these masks. "
-            f"Lower --threshold, or see the Dice at each threshold in {path.parent}/validation_cam."
+            f"Lower --threshold, or see the Dice at each threshold in {path.parent}/{CAM_VALIDATION}."
         )
     say(f"{positive} foreground voxels in {len(cases)} cases.")
     _carry_over(raw, cases, folder, linked)
-    _describe(raw, table, cases, chosen, path, digest, folder)
+    _describe(
+        raw,
+        table,
+        cases,
+        {"model": "/".join(path.parts[-4:]), "checkpoint": model_hash, **asdict(chosen)},
+        digest,
+        folder,
+    )
     panels_png(_page(drawer, raw, cases), folder / PAGE)
     staging.finish(folder, final, digest)
     return final
@@ -173,7 +186,12 @@ class _Drawer:
         tags = slice_tags(self._table, case, properties, self.model.plans.transpose_forward)
         maps = self._maps(torch.from_numpy(read_image(self._dataset, case)), torch.from_numpy(tags))
         mask, shown = in_file_geometry(
-            maps, self._threshold, self.model.plans, self.model.configuration, self.model.labels, properties
+            logits_of(maps, self._threshold),
+            self._threshold,
+            self.model.plans,
+            self.model.configuration,
+            self.model.labels,
+            properties,
         )
         return mask, shown, properties
 
@@ -184,13 +202,12 @@ class _Drawer:
         for start in range(0, data.shape[1], _SLICES):
             shown = data[:, start : start + _SLICES].transpose(0, 1).to(device)
             found = self._network.found(shown, self._choices.kind)
-            every, gated = fuse(found.maps, self._fusion), fuse(found.gated(), self._fusion)
+            fused = fuse(found.maps if self._choices.gate == "none" else found.gated(), self._fusion)
             if self._choices.gate == "tag":
                 silent = ~found.present.bool().any(1).view(-1, 1, 1)
                 own = tags[start : start + _SLICES].to(device).view(-1, 1, 1)
-                made.append(torch.where(silent, every, gated) * own)
-            else:
-                made.append(gated if self._choices.gate == "predicted" else every)
+                fused = torch.where(silent, fuse(found.maps, self._fusion), fused) * own
+            made.append(fused)
         return torch.cat(made).cpu()
 
 
@@ -222,8 +239,10 @@ def _carry_over(raw: RawDataset, cases: list[str], folder: Path, linked: bool) -
     for case, files in raw.test.items():
         if files.label is not None:
             wanted[f"labelsTs/{case}{raw.file_ending}"] = files.label
-    if (raw.folder / MASKS).is_dir():
-        wanted.update({f"{MASKS}/{path.name}": path for path in sorted((raw.folder / MASKS).iterdir())})
+    if (raw.folder / VALIDATION_MASKS).is_dir():
+        wanted.update(
+            {f"{VALIDATION_MASKS}/{path.name}": path for path in sorted((raw.folder / VALIDATION_MASKS).iterdir())}
+        )
     for name, source in wanted.items():
         target = folder / name
         if linked:
@@ -234,7 +253,7 @@ def _carry_over(raw: RawDataset, cases: list[str], folder: Path, linked: bool) -
 
 
 def _describe(
-    raw: RawDataset, table: CaseTable, cases: list[str], choices: Choices, path: Path, digest: str, folder: Path
+    raw: RawDataset, table: CaseTable, cases: list[str], origin: dict[str, Any], digest: str, folder: Path
 ) -> None:
     """Write dataset.json with the channels' own names and where the masks come from, and carry the splits over."""
     names = table.protocol.get("modalities")
@@ -242,7 +261,6 @@ def _describe(
     if names:  # the names of the weak dataset only say that nothing is to be normalised
         content["channel_names"] = {str(i): name for i, name in enumerate(names)}
     content["numTraining"] = len(cases)
-    origin = {"model": "/".join(path.parts[-4:]), "checkpoint": file_sha256(path), **asdict(choices)}
     made = replace(
         table,
         cases={
@@ -273,7 +291,7 @@ def _page(drawer: _Drawer, raw: RawDataset, cases: list[str]) -> Iterator[Panel]
         mask, shown, _ = drawer.draw(case)
         z = int(mask.reshape(len(mask), -1).sum(1).argmax())
         images, _ = reader.read_images([os.fspath(path) for path in raw.training[case].images])
-        truth_path = raw.folder / MASKS / f"{case}{raw.file_ending}"
+        truth_path = raw.folder / VALIDATION_MASKS / f"{case}{raw.file_ending}"
         truth = reader.read_seg(os.fspath(truth_path))[0][0, z] == 1 if truth_path.is_file() else None
         names = modalities or [f"channel {i}" for i in range(len(images))]
         yield Panel(

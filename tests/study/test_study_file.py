@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.registry import TRAINERS
-from nnunet_dgplugins.study.file import Budget, read_study, stock_trainers
+from nnunet_dgplugins.study.file import read_study, stock_trainers
 from nnunet_dgplugins.study.tasks import Task, expand
 
 GOOD = {
@@ -100,8 +101,8 @@ def test_every_problem_is_listed_at_once(tmp_path: Path):
         "unknown setting 'smm'",
         "grid_size",
         "method four: no trainer",
-        "2 for DeSAMTrainer; expected 1 or more, for a stock trainer",
-        "0 for nnUNetTrainer",
+        "method six: --batch-size 2; expected settings of DeSAMTrainer",
+        "method seven, batch_size, patch_size, width_divisor: 0; expected 1 or more",
         "exactly one of minutes, epochs and iterations",
         "different whole numbers",
         "no method 'five'",
@@ -199,11 +200,19 @@ def test_a_coarser_spacing_reaches_every_planner_and_is_other_data(tmp_path: Pat
     assert not {task.key for task in fine} & {task.key for task in tasks}
 
 
-def test_a_smaller_batch_is_plans_of_its_own(tmp_path: Path):
-    methods = {**GOOD["methods"], "ResEnc M": {**GOOD["methods"]["ResEnc M"], "batch_size": 2}}  # type: ignore[dict-item]
+def test_smaller_batches_patches_and_networks_are_plans_of_their_own(tmp_path: Path):
+    smaller = {"batch_size": 2, "patch_size": [64, 48], "width_divisor": 4}
+    methods = {
+        **GOOD["methods"],  # type: ignore[dict-item]
+        "ResEnc M": {**GOOD["methods"]["ResEnc M"], **smaller},  # type: ignore[index]
+        "EPL": {"trainer": "EPLTrainer", "settings": {"cps_weight": 2}, **smaller},
+    }
     tasks = tasks_of(tmp_path, methods=methods)
+    words = ("--batch-size", "2", "--patch-size", "64 48", "--width-divisor", "4")
+    both = next(task for task in tasks if "EPL" in task.name and task.kind == "configure")
+    assert both.command[-10:] == (*words, "-tr", "EPLTrainer", "--set", "cps_weight=2")
     configure = next(task for task in tasks if "ResEnc M" in task.name and task.kind == "configure")
-    assert configure.command[-2:] == ("--batch-size", "2")
+    assert configure.command[-6:] == words
     train = next(task for task in tasks if task.kind == "train ResEnc M")
     assert train.command[train.command.index("-p") + 1] == configure.command[configure.command.index("-o") + 1]
     assert train.needs == (configure.key,)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas
 import pytest
 
-from nnunet_dgplugins.study.file import Budget, Data, Method, Study
+from nnunet_dgplugins.budget import Budget
+from nnunet_dgplugins.study.definition import Data, Method, Study
 from nnunet_dgplugins.study.results import by_seed, collect, differences, markdown, matrix, printed, write_results
 from nnunet_dgplugins.study.tasks import Run, Task
 

@@ -85,8 +85,13 @@ class CAMSegmenter(nn.Module):
         if not self._warned and (text := tiled_warning(boxes, (int(x.shape[-2]), int(x.shape[-1])))):
             self._warned = True
             warnings.warn(text, stacklevel=2)
-        present = SLOPE * (self.fused(self.found(x, boxes=boxes)) - self.threshold)
-        return torch.stack([torch.zeros_like(present), present], 1)
+        return logits_of(self.fused(self.found(x, boxes=boxes)), self.threshold, 1)
+
+
+def logits_of(maps: Tensor, threshold: float, dim: int = 0) -> Tensor:
+    """Return logits of background, 0, and target, 20 * (map - threshold), stacked at ``dim``."""
+    present = SLOPE * (maps - threshold)
+    return torch.stack([torch.zeros_like(present), present], dim)
 
 
 def shown_in(image: Tensor, field: Field) -> Tensor:

@@ -1,0 +1,132 @@
+"""What a study is: collections, methods, seeds and a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dataset_conversion._registry import load_converter
+from nnunet_dgplugins.budget import Budget
+from nnunet_dgplugins.registry import TRAINERS
+
+#: plans name -> nnU-Net's planner that writes it
+PLANNERS = {
+    "nnUNetPlans": "ExperimentPlanner",
+    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
+    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
+    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
+}
+ALL = "all"  # stands for the source where a dataset has none
+#: protocol of ``dgplugins evaluate`` -> its Dice
+PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """One multi-site collection.
+
+    Args:
+        name: as the study calls it.
+        convert: name after ``dgplugins convert``.
+        download: folder that is converted; None when ``prepare`` makes it.
+        prepare: command that makes the download in the folder ``{download}``.
+        first_id: nnU-Net id of the first source and ratio; the others follow.
+        sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
+        ratios: labelled shares, each a dataset of its own; empty for all labels.
+        options: further words after ``dgplugins convert``.
+        spacing: target spacing in mm, slices first, instead of the planned one: coarser images for a quick study.
+    """
+
+    name: str
+    convert: str
+    first_id: int
+    sources: tuple[str, ...] = ()
+    download: str | None = None
+    prepare: str | None = None
+    ratios: tuple[float, ...] = ()
+    options: tuple[str, ...] = ()
+    spacing: tuple[float, ...] = ()
+
+    @property
+    def weak(self) -> bool:
+        """Whether its training cases have tags instead of masks."""
+        return bool(load_converter(self.convert).FACTS.tags) and "masks" not in self.options
+
+    def variants(self) -> list[tuple[str, float | None, int]]:
+        """Return source, ratio (None: all labels) and id of every dataset."""
+        pairs = [(source, ratio) for source in self.sources or (ALL,) for ratio in self.ratios or (None,)]
+        return [(source, ratio, self.first_id + number) for number, (source, ratio) in enumerate(pairs)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the comparison.
+
+    Args:
+        name: as the tables call it.
+        trainer: name after ``-tr``.
+        plans: a key of :data:`PLANNERS`.
+        settings: of a trainer of this package, as for ``dgplugins configure --set``.
+        batch_size: instead of the planned one, for trainers that use it; ResEnc presets plan for a GPU's memory.
+        patch_size: instead of the planned one, likewise.
+        width_divisor: channels of the planned network over this, likewise.
+        pseudo_labels: a method of tags, named before this one, whose pseudo labels it trains on.
+        pseudo_options: further words after ``dgplugins pseudo-labels``.
+    """
+
+    name: str
+    trainer: str
+    plans: str = "nnUNetPlans"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    patch_size: tuple[int, ...] = ()
+    width_divisor: int = 1
+    pseudo_labels: str | None = None
+    pseudo_options: tuple[str, ...] = ()
+
+    @property
+    def smaller(self) -> tuple[str, ...]:
+        """Words after ``dgplugins configure`` that make the plans smaller."""
+        words = ("--batch-size", str(self.batch_size)) if self.batch_size else ()
+        words += ("--patch-size", " ".join(map(str, self.patch_size))) if self.patch_size else ()
+        return words + (("--width-divisor", str(self.width_divisor)) if self.width_divisor != 1 else ())
+
+    @property
+    def reads_tags(self) -> bool:
+        """Whether it learns from tags."""
+        return self.trainer in TRAINERS and TRAINERS[self.trainer].tags
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a study file says.
+
+    Args:
+        name: title of the tables.
+        datasets: collections.
+        methods: lines of the comparison.
+        seeds: each a training of its own.
+        budget: of each training.
+        baseline: name of the method that the others are compared with; None: no differences.
+        configuration: nnU-Net's.
+        mirroring: predict with nnU-Net's mirroring (four times the work in 2d).
+        protocol: of ``dgplugins evaluate``; a paper's own puts its published numbers beside ours, on its data.
+        device: cpu, cuda, mps, or auto.
+    """
+
+    name: str
+    datasets: tuple[Data, ...]
+    methods: tuple[Method, ...]
+    budget: Budget
+    seeds: tuple[int, ...] = (0,)
+    baseline: str | None = None
+    configuration: str = "2d"
+    mirroring: bool = True
+    protocol: str = "standard"
+    device: str = "auto"
+
+    @property
+    def metric(self) -> str:
+        """The metric of the tables unless another is asked for: the protocol's Dice."""
+        return PROTOCOLS[self.protocol]
