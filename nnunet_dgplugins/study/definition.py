@@ -88,7 +88,7 @@ class Method:
     @property
     def smaller(self) -> tuple[str, ...]:
         """Words after ``dgplugins configure`` that make the plans smaller."""
-        words = ("--batch-size", str(self.batch_size)) if self.batch_size else ()
+        words: tuple[str, ...] = ("--batch-size", str(self.batch_size)) if self.batch_size else ()
         words += ("--patch-size", " ".join(map(str, self.patch_size))) if self.patch_size else ()
         return words + (("--width-divisor", str(self.width_divisor)) if self.width_divisor != 1 else ())
 
