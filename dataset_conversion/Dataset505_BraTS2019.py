@@ -134,6 +134,8 @@ command = make_command(
                  help="Values of the masks: 0 1 2 4, or the older 0 1 2 3 4."),
     click.option("--val", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1, show_default=True,
                  help="Share of each grade's patients that validates."),
+    click.option("--folds", type=click.IntRange(2), metavar="K",
+                 help="K folds in place of --val: every patient validates once, and its mask is kept for that."),
     click.option("--test", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True,
                  help="Share that is kept in imagesTs."),
     click.option("--seed", type=click.IntRange(0), help="Seed of that draw. [default: nnU-Net's]"),

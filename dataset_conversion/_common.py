@@ -16,7 +16,7 @@ import click
 from dataset_conversion import _labelled, _tags
 from dataset_conversion._facts import Facts, ListCases, Listing, Request, SourceCase
 from dataset_conversion._plan import Plan, make_plan
-from dataset_conversion._protocols import PROTOCOLS, shares
+from dataset_conversion._protocols import PROTOCOLS, cross_validation, shares
 from nnunet_dgplugins import __version__
 from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.data.case_table import KEY, Case, CaseTable
@@ -179,8 +179,11 @@ def _split(plan: Plan, reports: list[Checked]) -> tuple[list[Split], set[str]]:
         if wrong := check_folds(folds, table, labelled):
             raise BadInput(f"The folds of {plan.request.root}", wrong)
     elif plan.split == "shares":
-        strata = {case.name: case.stratum for case in plan.cases}
-        held_out, folds = shares(table, labelled, strata, plan.request.val, plan.request.test, plan.seed)
+        strata, request = {case.name: case.stratum for case in plan.cases}, plan.request
+        if request.folds:
+            held_out, folds = cross_validation(table, labelled, strata, request.folds, request.test, plan.seed)
+        else:
+            held_out, folds = shares(table, labelled, strata, request.val, request.test, plan.seed)
     else:
         held_out, folds = PROTOCOLS[plan.split](table, labelled)
     return folds, {case.name for case in plan.cases if case.site not in plan.sources or case.name in held_out}

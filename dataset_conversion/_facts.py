@@ -250,6 +250,7 @@ class Request:
         modalities: channels in their order, with commas between them; empty for the converter's own.
         label_code: which numbering of labels the masks follow, where a source has several.
         val: share of the patients that validates, where the converter draws one.
+        folds: number of folds of a cross-validation in place of ``val``.
         test: share of the patients that is kept for testing, likewise.
         seed: of that draw; None for nnU-Net's own.
         name: middle of the dataset's name, None for the converter's own.
@@ -281,6 +282,7 @@ class Request:
     modalities: str = ""
     label_code: str = ""
     val: float = 0.1
+    folds: int | None = None
     test: float = 0.1
     seed: int | None = None
     name: str | None = None

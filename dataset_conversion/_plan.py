@@ -86,7 +86,8 @@ class Plan:
             pictures = any(isinstance(case.images[0], Stack) for case in self.cases)
             few["spacing"] = "unknown, 1 mm written" if pictures else None
         if self.split == "shares":
-            few |= {"val": request.val, "test": request.test, "seed": self.seed}
+            drawn = {"folds": request.folds} if request.folds else {"val": request.val}
+            few |= {**drawn, "test": request.test, "seed": self.seed}
         return {**options, **{key: value for key, value in few.items() if value is not None}}
 
 

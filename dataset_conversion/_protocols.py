@@ -6,7 +6,7 @@ Each takes the case table and the source cases in the source's own order, and re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -64,13 +64,9 @@ def shares(
     Raises:
         UserError: no patient is left to train on.
     """
-    groups: dict[str, dict[str, list[str]]] = {}
-    for name in sorted(names):
-        groups.setdefault(strata.get(name, ""), {}).setdefault(table.patient_of(name), []).append(name)
-    rng = np.random.RandomState(seed)  # its stream is frozen for ever
     parts: dict[str, list[list[str]]] = {"test": [], "val": [], "train": []}
-    for _, patients in sorted(groups.items()):
-        dealt = [list(patients.values())[index] for index in rng.permutation(len(patients))]
+    for patients in _shuffled(table, names, strata, seed):
+        dealt = patients
         for part, share in (("test", test), ("val", val)):
             count = math.floor(len(patients) * share + 0.5)
             parts[part] += dealt[:count]
@@ -83,6 +79,47 @@ def shares(
         raise UserError(f"{len(names)} cases are too few for shares of {val:g} to validate and {test:g} to test.")
     lists = {part: sorted(name for patient in patients for name in patient) for part, patients in parts.items()}
     return lists["test"], [{"train": lists["train"], "val": lists["val"]}]
+
+
+def cross_validation(
+    table: CaseTable, names: Sequence[str], strata: Mapping[str, str], count: int, test: float, seed: int = splits.SEED
+) -> Outcome:
+    """Draw ``count`` folds and the test cases by patient; the patients of a stratum take turns.
+
+    Args:
+        table: patients.
+        names: cases to split.
+        strata: case to stratum, for instance the grade of its tumour.
+        count: number of folds; every patient that is not kept aside validates in one of them.
+        test: share of each stratum that is kept aside, rounded.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer patients than folds, or one fold only.
+    """
+    held_out, turns, turn = [], [list[str]() for _ in range(count)], 0
+    for patients in _shuffled(table, names, strata, seed):
+        aside = math.floor(len(patients) * test + 0.5)
+        held_out += [name for patient in patients[:aside] for name in patient]
+        for patient in patients[aside:]:
+            turns[turn % count] += patient
+            turn += 1
+    if count < 2 or turn < count:
+        raise UserError(f"{turn} patients cannot be split into {count} folds: 2 folds or more, a patient in each.")
+    rest = {name for own in turns for name in own}
+    return sorted(held_out), [{"train": sorted(rest - {*own}), "val": sorted(own)} for own in turns]
+
+
+def _shuffled(
+    table: CaseTable, names: Sequence[str], strata: Mapping[str, str], seed: int
+) -> Iterator[list[list[str]]]:
+    """Yield the patients of each stratum in a drawn order, each as a list of its cases."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names):
+        groups.setdefault(strata.get(name, ""), {}).setdefault(table.patient_of(name), []).append(name)
+    rng = np.random.RandomState(seed)  # its stream is frozen for ever
+    for _, patients in sorted(groups.items()):
+        yield [list(patients.values())[index] for index in rng.permutation(len(patients))]
 
 
 PROTOCOLS = {"kfold": five_fold, "labelled": every_labelled_case, "desam": desam, "published": cross_modality}

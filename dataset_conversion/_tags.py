@@ -30,7 +30,7 @@ def check(facts: Facts, request: Request) -> None:
     """
     if request.supervision == TAGS and request.zones == "keep":
         raise UserError("--zones keep: a slice's tag says gland or none, no zones; add --supervision masks.")
-    if request.val + request.test >= 1:
+    if not request.folds and request.val + request.test >= 1:
         raise UserError(f"--val {request.val:g} and --test {request.test:g} leave no patient to train on.")
 
 
