@@ -52,7 +52,7 @@ class _Reader:
 
     def take(self, length: int, what: str) -> bytes:
         if length > self.left:
-            raise _Foreign(f"ends within {what}, {self.left} bytes before the end", f"{length} bytes more")
+            raise _Foreign(f"ends within {what}: {self.left} bytes are left", f"{length} bytes")
         self.left -= length
         return self.file.read(length)
 
