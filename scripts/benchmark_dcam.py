@@ -6,7 +6,7 @@
 
 Stage 1's step: forward with attention, tag loss, backward, SGD. Stage 2's: DeepLabV3+ on ResNet-101, three masks,
 backward, SGD. Pseudo masks, published: one image at a time, and for each layer and class a whole forward and backward
-pass; ours: one forward and one partial backward pass per class for a whole batch. Both end at masks with the white rule.
+pass; ours: one forward and one partial backward pass per class for a whole batch. Both end at masks (white rule too).
 Memory on the CPU is the peak of a process of its own for each variant, libraries included; on the GPU what torch
 allocated.
 """

@@ -124,3 +124,29 @@ def test_images_of_other_sizes_than_multiples_of_eight_have_masks_of_their_size(
     made = masks.pseudo_masks(network(), images, TAGS[:1])
     assert {tuple(mask.shape) for mask in made.values()} == {(1, 45, 60)}
     assert masks.cam_masks(network(), images).shape == (1, 45, 60)
+
+
+def test_real_stained_patches_have_the_published_masks_also_in_single_precision(sample_data):
+    from skimage.io import imread
+
+    files = sorted((sample_data / "histology").glob("*/*/images/*.png"))[:2]
+    patches = torch.stack([torch.from_numpy(imread(file)[:96, :96, :3].copy()).permute(2, 0, 1) for file in files])
+    images, tags = patches.float() / 255, TAGS[:2]
+    tower = network(dtype=torch.float32)
+    made = masks.pseudo_masks(tower, images, tags, white=True)
+    for number, image in enumerate(images):
+        for layer in LAYERS:
+            published = [published_grad_cam(tower, image[None], layer, target) for target in range(CLASSES)]
+            expected = masks.tagged_mask(enlarge(torch.stack(published)[None], (96, 96)), tags[number : number + 1])
+            expected[masks.white_pixels(image[None])] = CLASSES
+            assert int((made[layer][number] != expected[0]).sum()) <= 5  # ties up to rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_makes_the_masks_of_the_cpu():
+    tower, images = network(), pictures()
+    expected = masks.pseudo_masks(tower, images, TAGS, white=True)
+    for layer, found in masks.pseudo_masks(tower.cuda(), images, TAGS, white=True).items():
+        assert found.device.type == "cpu"
+        assert torch.equal(found, expected[layer])

@@ -35,7 +35,7 @@ def load_classifier_weights(network: ResNet38, path: str | os.PathLike[str]) -> 
 
 
 def load_deeplab_weights(network: DeepLab, path: str | os.PathLike[str]) -> Loaded:
-    """Load start weights of stage 2, the public ``deeplab-resnet.pth.tar``; its last layer, of other classes, is dropped.
+    """Load start weights of stage 2, the public ``deeplab-resnet.pth.tar``, without its last layer of other classes.
 
     Raises:
         UserError: the file cannot be read safely, or nothing in it fits.

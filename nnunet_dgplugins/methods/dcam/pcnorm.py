@@ -77,7 +77,7 @@ def layer(channels: int, mode: str) -> nn.Module:
 
 
 def phase(x: Tensor) -> Tensor:
-    """Return the phases (..., H, W // 2 + 1) of real maps (..., H, W), the half of the spectrum that composing reads."""
+    """Return the phases (..., H, W // 2 + 1) of real maps (..., H, W): the half of the spectrum that says it all."""
     spectrum = torch.fft.rfft2(x)
     return torch.atan2(spectrum.imag, _off_zero(spectrum.real))
 

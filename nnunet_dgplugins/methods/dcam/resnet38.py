@@ -1,4 +1,4 @@
-"""The tag classifier, ResNet-38d (Wu et al., arXiv 1611.10080) as multi-layer pseudo-supervision trains it, with PCNorm.
+"""The tag classifier: ResNet-38d (Wu et al., arXiv 1611.10080) as multi-layer pseudo-supervision trains it, and PCNorm.
 
 Pre-activation residual blocks without a normalised stem, output stride 8, input RGB in [0, 1] without mean and standard
 deviation. Parameter names are the released ones. 105,070,912 parameters and 4096 per class, PCNorm's left aside.
