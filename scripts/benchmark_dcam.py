@@ -88,7 +88,7 @@ def deeplab_step(sizes: Sizes, layout: str) -> Callable[[], None]:
     optimizer = torch.optim.SGD(optimisation.deeplab_groups(network, 0.01), momentum=optimisation.MOMENTUM)
     images = pictures(sizes, sizes.step_batch).to(sizes.device, memory_format=LAYOUTS[layout])
     target = (images.sum(1) * 10).long() % sizes.classes
-    masks = {layer: target for layer in LAYERS}
+    masks = dict.fromkeys(LAYERS, target)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

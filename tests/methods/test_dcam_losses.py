@@ -76,7 +76,7 @@ def test_a_batch_without_a_known_pixel_has_the_loss_zero_and_trains_on(value):
     for mask in masks.values():
         mask[:] = value
     total = layered_loss(logits, masks)["total"]
-    assert float(total) == 0
+    assert total.item() == 0
     total.backward()
     assert float(logits.grad.abs().max()) == 0
 

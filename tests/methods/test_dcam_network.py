@@ -51,7 +51,8 @@ def test_the_published_tower_has_the_published_size_and_names():
 
 
 def test_the_three_taps_lie_at_an_eighth_of_the_image():
-    taps = thin().eval().taps(pictures(1, 72))
+    with torch.no_grad():
+        taps = thin().eval().taps(pictures(1, 72))
     assert [tuple(tap.shape) for tap in taps] == [(1, 16, 9, 9), (1, 32, 9, 9), (1, 128, 9, 9)]
     assert float(taps.bn7.min()) == 0
 
@@ -69,8 +70,8 @@ def test_active_pcnorm_changes_the_output_in_training_and_at_test(mode):
         if not training and mode == "batch":  # running statistics of one training pass
             assert float(active.bn2.running_var.sub(1).abs().max()) > 0.01
         with torch.no_grad():
-            difference = (plain.taps(pictures()).b5_2 - active.taps(pictures()).b5_2).abs()
-        assert float(difference.max()) > 0.1
+            expected, found = plain.taps(pictures()).b5_2, active.taps(pictures()).b5_2
+        assert float((found - expected).abs().max()) > 0.05 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("mode", ["official", "off"])
