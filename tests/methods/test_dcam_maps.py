@@ -56,6 +56,18 @@ def test_an_active_pcnorm_is_part_of_the_gradient():
         assert float((first - second).abs().max()) > 1e-3 * float(first.abs().max())
 
 
+def test_the_first_tap_lies_behind_pcnorm_because_before_it_every_weight_would_vanish():
+    tower, images = network("instance"), pictures(1)
+    outputs = []
+    hook = tower.b4_5.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+    logits = tower(images)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[0, 0], outputs)
+    assert float(gradient.mean((2, 3)).abs().max()) < 1e-9 * float(gradient.abs().max())
+    found = grad_cams(tower, images).layers
+    assert float(found["b4_5"].abs().max()) > 1e-3 * float(found["b5_2"].abs().max())
+
+
 def test_one_forward_and_at_most_one_partial_backward_per_class_whatever_the_batch(monkeypatch):
     tower = network(dtype=torch.float32)
     forwards, backwards, calls = [], [], []

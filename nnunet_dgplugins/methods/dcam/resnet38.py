@@ -18,10 +18,11 @@ _EARLY = ("conv1a", "b2", "b2_1", "b2_2")
 
 
 class Taps(NamedTuple):
-    """Feature maps at the three depths that class maps are made of, at 1/8 of the image's size for full-size widths.
+    """Feature maps at the three depths that class maps are made of, at 1/8 of the image's size.
 
-    ``b4_5`` (N, 512, h, w) and ``b5_2`` (N, 1024, h, w) are block outputs before any ReLU and before PCNorm; ``bn7``
-    (N, 4096, h, w) is behind normalisation and ReLU.
+    ``b4_5`` (N, 512, h, w) and ``b5_2`` (N, 1024, h, w) are block outputs before any ReLU; ``bn7`` (N, 4096, h, w) is
+    behind normalisation and ReLU. Where PCNorm is active, ``b4_5`` lies behind it, as what the next block sees: PCNorm
+    by instance takes no notice of a channel's mean, so the mean gradient before it, Grad-CAM's weight, is always 0.
     """
 
     b4_5: Tensor
@@ -160,13 +161,13 @@ class ResNet38(nn.Module):
         """Map images (N, 3, H, W) to the first tap, ``b4_5``."""
         x = self.conv1a(images)
         for block in (self.b2, self.b2_1, self.b2_2, self.bn2, self.b3, self.b3_1, self.b3_2, self.bn3,
-                      self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):  # fmt: skip
+                      self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5, self.bn4):  # fmt: skip
             x = block(x)
         return x
 
     def middle(self, b4_5: Tensor) -> Tensor:
         """Map the first tap to the second, ``b5_2``."""
-        return self.b5_2(self.b5_1(self.b5(self.bn4(b4_5))))
+        return self.b5_2(self.b5_1(self.b5(b4_5)))
 
     def deep(self, b5_2: Tensor) -> Tensor:
         """Map the second tap to the third, ``bn7``."""
