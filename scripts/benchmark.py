@@ -1,7 +1,7 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant, gpu
+    python scripts/benchmark.py --only startup  one of startup, steps, encoder, store, grid, epl, equivariant, dcam, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their
@@ -33,6 +33,7 @@ TITLES = {
     "grid": "Grid inference",
     "epl": "EPL: Fourier mixing and training step on the CPU",
     "equivariant": "Equivariant CAMs: training step and export of maps on the CPU",
+    "dcam": "D-CAM: training steps and pseudo masks on the CPU",
     "gpu": "GPU",
 }
 
@@ -227,11 +228,18 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
 
         return benchmark_equivariant.rows_on_the_cpu()
 
+    def dcam() -> list[Row]:
+        import benchmark_dcam
+
+        return benchmark_dcam.rows_on_the_cpu()
+
     def gpu() -> list[Row]:
+        import benchmark_dcam
         import benchmark_epl
         import benchmark_equivariant
 
-        return gpu_rows() + benchmark_epl.rows_on_the_gpu() + benchmark_equivariant.rows_on_the_gpu()
+        others = (benchmark_epl, benchmark_equivariant, benchmark_dcam)
+        return gpu_rows() + [row for module in others for row in module.rows_on_the_gpu()]
 
     return {
         "startup": startup_rows,
@@ -241,6 +249,7 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
         "grid": grid,
         "epl": epl,
         "equivariant": equivariant,
+        "dcam": dcam,
         "gpu": gpu,
     }
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_dgplugins.methods.dilated_resnet import dilated_resnet, first_and_last_stage
 from nnunet_dgplugins.methods.epl.styles import unit_range
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class DeepLabV3Plus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to logits (B, K, H, W)."""
-        logits = self.classifier(self.head(*_features(self.backbone, unit_range(x, self.input_scaling))))
+        logits = self.classifier(self.head(*first_and_last_stage(self.backbone, unit_range(x, self.input_scaling))))
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=True)
 
 
@@ -65,11 +66,8 @@ def resnet50_v1c(in_channels: int) -> ResNet:
 
     Names are those of the published ImageNet file ``resnet50_v1c.pth``.
     """
-    from torchvision.models.resnet import Bottleneck, ResNet
-
     width = STEM_WIDTH
-    net = ResNet(Bottleneck, [3, 4, 6, 3])
-    del net.avgpool, net.fc
+    net = dilated_resnet([3, 4, 6, 3])
     net.conv1 = nn.Sequential(
         nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -83,16 +81,7 @@ def resnet50_v1c(in_channels: int) -> ResNet:
     first = net.layer1[0]
     first.conv1 = nn.Conv2d(2 * width, first.conv1.out_channels, 1, bias=False)
     first.downsample[0] = nn.Conv2d(2 * width, first.downsample[0].out_channels, 1, bias=False)
-    net.layer4[0].downsample[0].stride = (1, 1)
-    for block, dilation in zip(net.layer4, (2, 4, 8), strict=True):
-        block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
     return net
-
-
-def _features(net: ResNet, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maps behind the first stage (B, 256, H/4, W/4) and the last (B, 2048, H/16, W/16)."""
-    low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
-    return low, net.layer4(net.layer3(net.layer2(low)))
 
 
 class ASPP(nn.Module):
