@@ -70,8 +70,8 @@ class ShareSchedule:
     An epoch may be a large part of a short budget, so that a rate set once per epoch would hardly fall.
 
     Args:
-        optimizer: the trainer's optimiser.
-        initial_lr: learning rate at the start.
+        optimizer: the trainer's optimiser; a group that has an ``initial_lr`` of its own decays from there.
+        initial_lr: learning rate at the start, of the others.
         left: returns the share that is left, 0 to 1.
         exponent: nnU-Net's 0.9; 0 keeps the rate.
     """
@@ -82,7 +82,7 @@ class ShareSchedule:
     def step(self, epoch: int | None = None) -> None:
         """Set the learning rate of this moment."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.initial_lr * self.left() ** self.exponent
+            group["lr"] = group.get("initial_lr", self.initial_lr) * self.left() ** self.exponent
 
 
 class BudgetRun:

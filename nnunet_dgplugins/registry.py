@@ -37,6 +37,10 @@ class TrainerInfo:
     planned: bool = False
 
 
+_DCAM = (
+    "D-CAM, MICCAI 2025 (github.com/JingjunYi/D-CAM), on Han et al., Multi-layer pseudo-supervision, Medical Image "
+    "Analysis 2022 (arXiv 2110.08048)"
+)
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
 
 TRAINERS: dict[str, TrainerInfo] = {
@@ -84,6 +88,29 @@ TRAINERS: dict[str, TrainerInfo] = {
             "Image Analysis 77, 2022 (arXiv 2104.02488)",
             supervision="slice tags only",
             output="CAM segmentation",
+            tags=True,
+        ),
+        TrainerInfo(
+            name="DCAMClassifierTrainer",
+            module="nnunet_dgplugins.trainers.dcam",
+            settings="DCAMClassifierSettings",
+            method="D-CAM",
+            stage="1: which tissues a patch shows, and its class maps",
+            paper=_DCAM,
+            supervision="image tags only",
+            output="CAM segmentation",
+            tags=True,
+        ),
+        TrainerInfo(
+            name="DCAMTrainer",
+            module="nnunet_dgplugins.trainers.dcam",
+            settings="DCAMSettings",
+            method="D-CAM",
+            stage="2: segmenter from three pseudo masks, gated by stage 1",
+            paper=_DCAM,
+            supervision="image tags only",
+            output="segmentation",
+            after="DCAMClassifierTrainer",
             tags=True,
         ),
     )

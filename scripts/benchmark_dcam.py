@@ -13,16 +13,14 @@ allocated.
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import click
 import torch
-from benchmark_epl import LAYOUTS, Row, in_turn
+from benchmark_epl import LAYOUTS
+from measure import Row, gpu_peak, in_turn, own_peak, peak_of_process, place
 
 from nnunet_dgplugins.methods.dcam import optimisation
 from nnunet_dgplugins.methods.dcam.deeplab import DeepLab
@@ -144,7 +142,7 @@ def step_rows(sizes: Sizes, repeats: int) -> list[Row]:
                 f"D-CAM {kind} step, {sizes}, batch {sizes.step_batch}, {', '.join(words)}",
                 f"{seconds[first]:.3f} s, {peaks[first]:.2f} GB ({', '.join(first)})",
                 f"{seconds[words]:.3f} s, {peaks[words]:.2f} GB", f"{seconds[first] / seconds[words]:.2f}x",
-                f"{_threads(device)}, median of {repeats}, {allocator}",
+                f"{place(device)}, median of {repeats}, {allocator}",
             ))  # fmt: skip
     return rows
 
@@ -166,7 +164,7 @@ def mask_rows(sizes: Sizes, repeats: int) -> list[Row]:
             f"{seconds[PUBLISHED]:.3f} s per image, {peaks[PUBLISHED]:.2f} GB (one at a time)",
             f"{each:.3f} s per image, {1 / each:.2f} images/s, {peaks[OURS]:.2f} GB (batch {sizes.mask_batch})",
             f"{seconds[PUBLISHED] / each:.1f}x",
-            f"bound 8x; {100 * equal:.3f} % of the pixels equal; {_threads(device)}, median of {repeats}, {allocator}",
+            f"bound 8x; {100 * equal:.3f} % of the pixels equal; {place(device)}, median of {repeats}, {allocator}",
         ))  # fmt: skip
     return rows
 
@@ -174,17 +172,10 @@ def mask_rows(sizes: Sizes, repeats: int) -> list[Row]:
 def peak(sizes: Sizes, kind: str, *words: str) -> float:
     """Return the peak memory in GB of doing a variant's work twice."""
     if sizes.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         once = work(sizes, kind, *words)
-        once(), once()
-        return torch.cuda.max_memory_allocated() / 1e9
+        return gpu_peak(lambda: (once(), once()))
     numbers = [sizes.divisor, sizes.classes, sizes.side, sizes.step_batch, sizes.mask_batch]
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", " ".join(map(str, [*numbers, kind, *words]))],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout.split()[-1])
+    return peak_of_process(__file__, "--peak", " ".join(map(str, [*numbers, kind, *words])))
 
 
 def _print_peak(text: str) -> None:
@@ -192,12 +183,7 @@ def _print_peak(text: str) -> None:
     words = text.split()
     once = work(Sizes("cpu", *map(int, words[:5])), *words[5:])
     once(), once()
-    scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
-    click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9)
-
-
-def _threads(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    click.echo(own_peak())
 
 
 def rows_on_the_cpu() -> list[Row]:

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
 from nnunet_dgplugins.settings.base import TrainingSettings
+from nnunet_dgplugins.settings.dcam import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.settings.desam import DeSAMSettings
 from nnunet_dgplugins.settings.epl import EPLSettings
 from nnunet_dgplugins.settings.equivariant import EquivariantSettings
 
 __all__ = [
-    "KEY", "VARIABLE", "DeSAMSettings", "EPLSettings", "EquivariantSettings", "TrainingSettings", "build",
+    "KEY", "VARIABLE", "DCAMClassifierSettings", "DCAMSettings", "DeSAMSettings", "EPLSettings", "EquivariantSettings", "TrainingSettings", "build",
     "configuration_block", "parse_value", "resolve", "settings_class", "to_dict", "trial_settings",
 ]  # fmt: skip
 
@@ -34,7 +35,8 @@ T = TypeVar("T", bound="TrainingSettings")
 
 def settings_class(name: str) -> type[TrainingSettings]:
     """Return the settings class called ``name``."""
-    return {cls.__name__: cls for cls in (DeSAMSettings, EPLSettings, EquivariantSettings)}[name]
+    known = (DCAMClassifierSettings, DCAMSettings, DeSAMSettings, EPLSettings, EquivariantSettings)
+    return {cls.__name__: cls for cls in known}[name]
 
 
 def configuration_block(plans: Mapping[str, Any], configuration: str, trainer: str) -> dict[str, Any]:

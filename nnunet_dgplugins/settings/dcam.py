@@ -16,7 +16,10 @@ class DCAMClassifierSettings(TrainingSettings):
     epochs: int = setting(20, "Passes over the tagged patches.", _RELEASED, minimum=1)
     batch_size: int | None = setting(20, "Patches per step.", _RELEASED, minimum=2)
     initial_lr: float = setting(
-        0.01, "Learning rate of the tower, the last layer's is ten times that.", "0.01; D-CAM's commands: 0.005", minimum=0
+        0.01,
+        "Learning rate of the tower, the last layer's is ten times that.",
+        "0.01; D-CAM's commands: 0.005",
+        minimum=0,
     )
     weight_decay: float = setting(5e-4, "SGD's weight decay.", _RELEASED, minimum=0)
     momentum: float = setting(
@@ -27,8 +30,8 @@ class DCAMClassifierSettings(TrainingSettings):
     )
     start_weights: str | None = setting(
         None,
-        "File of start weights: the public MXNet .params or its conversion to .safetensors, or a released stage 1. With "
-        "them conv1a, b2 and the normalisations are frozen, without them nothing is.",
+        "File of start weights: the public MXNet .params or its conversion to .safetensors, or a released stage 1. "
+        "With them conv1a, b2 and the normalisations are frozen, without them nothing is.",
         "ilsvrc-cls_rna-a1_cls1000_ep-0001.params",
     )
     pcnorm: str = setting(
@@ -47,8 +50,8 @@ class DCAMClassifierSettings(TrainingSettings):
     )
     background_threshold: float = setting(
         0.5,
-        "Where background is a class of the dataset: pixels whose scaled maps all stay below are background. The papers "
-        "have no such class.",
+        "Where background is a class of the dataset: pixels whose scaled maps all stay below are background. The "
+        "papers have no such class.",
         minimum=0,
         maximum=1,
     )
@@ -57,6 +60,7 @@ class DCAMClassifierSettings(TrainingSettings):
         "Pseudo masks leave white pixels out: true, false, or null: as the dataset says (LUAD-HistoSeg).",
         "LUAD-HistoSeg only",
     )
+    mask_batch_size: int = setting(8, "Patches at once when pseudo masks are made; bounds the memory.", "1", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class DCAMSettings(TrainingSettings):
     epochs: int = setting(30, "Passes over the patches.", "30; 20 in the command list", minimum=1)
     batch_size: int | None = setting(20, "Patches per step.", _RELEASED, minimum=2)
     initial_lr: float = setting(
-        0.01, "Learning rate of the backbone, of ASPP and decoder ten times that.", "0.01; D-CAM's commands: 0.005", minimum=0
+        0.01,
+        "Learning rate of the backbone, of ASPP and decoder ten times that.",
+        "0.01; D-CAM's commands: 0.005",
+        minimum=0,
     )
     weight_decay: float = setting(5e-4, "SGD's weight decay.", _RELEASED, minimum=0)
     momentum: float = setting(0.9, "SGD's momentum.", _RELEASED, minimum=0, maximum=0.999)

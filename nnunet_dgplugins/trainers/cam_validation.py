@@ -1,4 +1,4 @@
-"""What a trainer of tags does after training: predict its validation cases, and score volumes where masks are known."""
+"""The equivariant maps after training: validation cases are predicted, and scored by volume where masks are known."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
     export_prediction_from_logits,
 )
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_dgplugins.data.folds import is_labelled
-from nnunet_dgplugins.data.loaders import read_image, read_properties
-from nnunet_dgplugins.files import CAM_VALIDATION, RAW, VALIDATION_MASKS, replacing, write_json
+from nnunet_dgplugins.files import CAM_VALIDATION, replacing, write_json
 from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
 from nnunet_dgplugins.methods.equivariant.segmenter import SLOPE
 from nnunet_dgplugins.methods.equivariant.volume import volume_dice
+from nnunet_dgplugins.trainers.validation import known_mask, predicted_logits
 
 FILE = "cam_dice.json"
 
@@ -38,23 +36,12 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     """
     folder = Path(trainer.output_folder) / CAM_VALIDATION
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.network.eval()
     (folder / FILE).unlink(missing_ok=True)  # of an earlier validation
-    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
-    predictor.manual_initialization(
-        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
-        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
-    )  # fmt: skip
-    _, cases = trainer.do_split()
-    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
     threshold: float = trainer.network.threshold
     levels = sorted({*THRESHOLDS, round(threshold, 6)})
     scores: dict[str, dict[str, float]] = {}
     reader = trainer.plans_manager.image_reader_writer_class()
-    for case in cases:
-        trainer.print_to_log_file(f"predicting {case}")
-        properties = read_properties(dataset, case)
-        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(read_image(dataset, case))).cpu()
+    for case, logits, properties in predicted_logits(trainer):
         if save_probabilities:
             export_prediction_from_logits(
                 logits, properties, trainer.configuration_manager, trainer.plans_manager, trainer.dataset_json,
@@ -65,10 +52,11 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         )
         with replacing(folder / (case + trainer.dataset_json["file_ending"])) as temporary:
             reader.write_seg(mask, os.fspath(temporary), properties)
-        if (truth := _truth(trainer, case)) is not None:
-            dice = volume_dice(np.where(truth < 0, 0, maps), truth > 0, levels)
+        if (truth := known_mask(trainer, case)) is not None:
+            ignore = trainer.label_manager.ignore_label
+            unknown = truth == (-1 if ignore is None else ignore)
+            dice = volume_dice(np.where(unknown, 0, maps), truth == 1, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
-    trainer.network.train()
     deployed = {case: own[f"{round(threshold, 6):g}"] for case, own in scores.items()}
     summary = folder.parent / "validation" / "summary.json"  # the last file: what has it is validated
     if not scores:
@@ -92,21 +80,6 @@ def _write_summary(path: Path, dice: dict[str, float]) -> None:
     mean = {"Dice": float(np.mean(list(dice.values()))) if dice else None}
     cases = [{"case": case, "metrics": {"1": {"Dice": value}}} for case, value in dice.items()]
     write_json(path, {"foreground_mean": mean, "mean": {"1": mean}, "metric_per_case": cases})
-
-
-def _truth(trainer: Any, case: str) -> npt.NDArray[np.int8] | None:
-    """Return the mask of a validation case (Z, Y, X) on its files' grid, -1 where ignored; None where none is known."""
-    name = case + trainer.dataset_json["file_ending"]
-    base = Path(trainer.preprocessed_dataset_folder_base)
-    places = [Path(os.environ.get(RAW, "")) / base.name / VALIDATION_MASKS]
-    if is_labelled(trainer.case_table, case):
-        places.append(base / "gt_segmentations")
-    path = next((place / name for place in places if (place / name).is_file()), None)
-    if path is None:
-        return None
-    values = trainer.plans_manager.image_reader_writer_class().read_seg(os.fspath(path))[0][0]
-    ignore = trainer.label_manager.ignore_label
-    return np.where(values == (-1 if ignore is None else ignore), -1, values == 1).astype(np.int8)
 
 
 def in_file_geometry(

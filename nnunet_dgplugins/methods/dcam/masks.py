@@ -30,7 +30,7 @@ def scale_jointly(maps: Tensor) -> Tensor:
     return (maps - lowest) / torch.where(span > 0, span, 1.0)
 
 
-def tagged_mask(maps: Tensor, tags: Tensor, published_ties: bool = False) -> Tensor:
+def tagged_mask(maps: Tensor, tags: Tensor, published_ties: bool = False, background: float | None = None) -> Tensor:
     """Return the tagged class of the largest score at each pixel; the lowest one of equals.
 
     Args:
@@ -38,12 +38,16 @@ def tagged_mask(maps: Tensor, tags: Tensor, published_ties: bool = False) -> Ten
         tags: which classes the image shows (N, C), bool or 0 and 1.
         published_ties: untagged classes score 0 as released, so that a pixel whose tagged scores are all 0 falls to
             the lowest class of all, tagged or not. Otherwise untagged classes never win.
+        background: where background is a class of its own, pixels whose scores all stay below it get C, and an image
+            without tags is all background; None: it is none, as published.
 
     Returns:
         (N, H, W) uint8; :data:`IGNORE` everywhere in an image without tags, on which the released code stops.
     """
     tags = tags.to(maps.device).bool()
     scores = torch.where(tags[:, :, None, None], scale_jointly(maps), 0.0 if published_ties else -1.0)
+    if background is not None:
+        return torch.cat([scores, torch.full_like(scores[:, :1], background)], 1).argmax(1).to(torch.uint8)
     found = scores.argmax(1)
     return found.masked_fill(~tags.any(1)[:, None, None], IGNORE).to(torch.uint8)
 
@@ -54,6 +58,7 @@ def pseudo_masks(
     tags: Tensor,
     *,
     white: bool = False,
+    background: float | None = None,
     published_ties: bool = False,
     batch_size: int = 8,
 ) -> dict[str, Tensor]:
@@ -64,6 +69,7 @@ def pseudo_masks(
         images: (N, 3, H, W), 8-bit levels divided by 255.
         tags: (N, C), bool or 0 and 1.
         white: mark white background (LUAD-HistoSeg); elsewhere fat and the like is tissue.
+        background: see :func:`tagged_mask`.
         published_ties: see :func:`tagged_mask`.
         batch_size: images at once; bounds the memory.
 
@@ -75,11 +81,11 @@ def pseudo_masks(
     parts: dict[str, list[Tensor]] = {layer: [] for layer in LAYERS}
     for some, some_tags in zip(images.split(batch_size), tags.split(batch_size), strict=True):
         found = grad_cams(network, some.to(device)).layers
-        background = white_pixels(some) if white else None
+        empty = white_pixels(some) if white else None
         for layer in LAYERS:
-            mask = tagged_mask(enlarge(found[layer], size), some_tags, published_ties).cpu()
-            if background is not None:
-                mask[background & (mask != IGNORE)] = tags.shape[1]
+            mask = tagged_mask(enlarge(found[layer], size), some_tags, published_ties, background).cpu()
+            if empty is not None:
+                mask[empty & (mask != IGNORE)] = tags.shape[1]
             parts[layer].append(mask)
     return {layer: torch.cat(masks) for layer, masks in parts.items()}
 
@@ -121,7 +127,12 @@ def cam_mask(
 
     Classes that take no part are emptied before the joint scaling.
     """
+    present = present_classes(probabilities, threshold)
+    return tagged_mask(enlarge(maps, size) * present[:, :, None, None], present, published_ties)
+
+
+def present_classes(probabilities: Tensor, threshold: float = EVALUATION_THRESHOLD) -> Tensor:
+    """Return which classes take part (N, C): those above the threshold, the most probable one where there is none."""
     present = probabilities > threshold
     likeliest = torch.zeros_like(present).scatter(1, probabilities.argmax(1, keepdim=True), True)
-    present = torch.where(present.any(1, keepdim=True), present, likeliest)
-    return tagged_mask(enlarge(maps, size) * present[:, :, None, None], present, published_ties)
+    return torch.where(present.any(1, keepdim=True), present, likeliest)
