@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dataset_conversion._patch_tree import add_tree
 from dataset_conversion._patches import (
     COMMON_ORDER,
     MASKS,
@@ -22,7 +23,6 @@ from dataset_conversion._patches import (
     PatchRequest,
     PatchSet,
 )
-from dataset_conversion._patch_tree import add_tree
 from nnunet_dgplugins.errors import UserError, nearest
 
 PATCH_SETS = ("luad-histoseg", "bcss-wsss", "wsss4luad")  # those that can be a target of each other

@@ -267,4 +267,3 @@ def _describe(work: _Work, digest: str, folder: Path) -> None:
         KEY: _table(work, digest).to_dict(),
     }
     write_json(folder / "dataset.json", content)
-

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dataset_conversion._patches import TEST, Code, Patch
 from nnunet_dgplugins.errors import Problem
-from nnunet_dgplugins.files import replacing, take, write_bytes
+from nnunet_dgplugins.files import take, write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +84,8 @@ def check_patch(patch: Patch, recipe: Recipe) -> Checked:
         shape = (picture.height, picture.width)
         report.size = (recipe.resize, recipe.resize) if recipe.resize else shape
         report.as_is = plain and report.size == shape
-        report.bytes = len(content) if report.as_is else 3 * report.size[0] * report.size[1]
+        if not (report.as_is and recipe.link):
+            report.bytes = len(content) if report.as_is else 3 * report.size[0] * report.size[1]
     except Unusable as error:
         report.problems.append(Problem(str(patch.image), str(error), "an RGB picture of 8 bits per channel", fix))
     if patch.mask is None:

@@ -115,7 +115,8 @@ def _of_patient(hospital: Hospital, rng: Random) -> tuple[Array, Array]:
 def _scan(nuclear: Any, other: Any, stains: tuple[Array, Array], hospital: Hospital, rng: Random) -> Any:
     from scipy.ndimage import gaussian_filter
 
-    density = nuclear[..., None] * stains[0] + (other + 0.02)[..., None] * stains[1]
+    nuclear, other = np.maximum(nuclear, 0), np.maximum(other, 0) + 0.02
+    density = nuclear[..., None] * stains[0] + other[..., None] * stains[1]
     light = np.exp(-density) * (np.array(hospital.glass, np.float32) / 255)
     light = gaussian_filter(light, (hospital.blur, hospital.blur, 0), mode="nearest")
     light += hospital.grain * rng.standard_normal(light.shape)

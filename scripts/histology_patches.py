@@ -4,7 +4,7 @@ python scripts/histology_patches.py HISTOLOGY OUT
 dgplugins convert patch-folder OUT --masks OUT/masks --classes-file OUT/classes.csv --source violet_tissue
 
 HISTOLOGY holds ``domains.csv`` (image_id, stain_group) and, anywhere below, ``<image_id>/images/<image_id>.png`` with
-``<image_id>/mask/<image_id>.png`` (0 and 1). Stain groups may have any names. Every patch is 64 pixels wide and enlarged
+``<image_id>/mask/<image_id>.png`` (0 and 1). Stain groups may have any names. Each patch is 64 pixels wide, enlarged
 to the network's input, pictures bilinear, masks nearest; it is tagged where nuclei cover more than 0.5 % of it. All
 patches of a picture count as one patient, so no fold parts them. Killed? Run it again: the bytes are the same.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def regions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for patch in PATCHES:
         grey = np.log(patch.image.mean(-1) + 1)
         levels = [gaussian_filter(grey, sigma) for sigma in (0, 1, 2, 4, 8)]
-        details = np.stack([np.abs(one - two) for one, two in zip(levels, levels[1:], strict=False)])
+        details = np.stack([np.abs(one - two) for one, two in itertools.pairwise(levels)])
         for kind in range(len(FOUR)):
             inside = patch.mask == kind
             if inside.mean() > 0.1:

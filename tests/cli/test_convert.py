@@ -76,7 +76,7 @@ def test_each_converter_names_its_options_and_its_default_id(name: str) -> None:
         own = ("--supervision", "--protocol", "--resize", *patches[name])
     for option in (*own, "--id", "--exclude", "--copy / --link", "--overwrite"):
         assert option in text
-    assert ("--source SITE" in text) != (tagged or name in patches and name != "patch-folder")
+    assert ("--source SITE" in text) != (tagged or (name in patches and name != "patch-folder"))
     assert CONVERTERS[name][0][7:10] in text
 
 

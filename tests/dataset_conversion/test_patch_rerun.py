@@ -94,9 +94,7 @@ def test_a_killed_conversion_is_invisible_to_nnunet_and_finishes_with_the_same_b
     assert (out / kept.relative_to(hidden)).stat().st_mtime_ns == before
 
 
-def test_a_full_disk_stops_with_a_sentence(
-    root: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_stops_with_a_sentence(root: Path, nnunet_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataset_conversion import _pictures
 
     def full(*arguments: object) -> None:

@@ -152,10 +152,13 @@ def test_values_of_the_masks_become_labels_in_the_published_order_or_the_common_
         for place in ("labelsVal/LUAD_387709-9108-71176.png", "labelsTs/LUAD_400000-1-2.png"):
             assert np.array_equal(read(out / place), bands(values)), (order, place)
         names = list(content(out)["labels"])
-        assert names == {
-            "published": ["background", "tumour", "necrosis", "lymphocyte", "stroma", "ignore"],
-            "common": ["background", "tumour", "stroma", "lymphocyte", "necrosis", "ignore"],
-        }[order]
+        assert (
+            names
+            == {
+                "published": ["background", "tumour", "necrosis", "lymphocyte", "stroma", "ignore"],
+                "common": ["background", "tumour", "stroma", "lymphocyte", "necrosis", "ignore"],
+            }[order]
+        )
         assert cases(out)[NEC_ONLY]["tags"] == [[0, 1, 0, 0] if order == "published" else [0, 0, 0, 1]]
 
 
@@ -319,9 +322,7 @@ def test_names_that_become_the_same_keep_ids_of_their_own(root: Path) -> None:
     assert {cases(out)[name]["original"] for name in both} == {"training/a+1[1001].png", "training/a 1[1001].png"}
 
 
-def test_patients_on_both_sides_are_kept_as_published_and_said(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_patients_on_both_sides_are_kept_as_published_and_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(root / "training" / "387709-1-1-[1 0 0 1].png", 60)
     out = convert(luad_module, root)
     assert "1 patients are in train and val, kept as published: 387709" in capsys.readouterr().err
