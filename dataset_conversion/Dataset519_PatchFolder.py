@@ -26,6 +26,7 @@ from dataset_conversion._patches import (
     TRAIN,
     VAL,
     Code,
+    Colour,
     Patch,
     PatchFacts,
     PatchRequest,
@@ -109,7 +110,8 @@ def collect(request: FolderRequest) -> PatchSet:
     if not request.root.is_dir():
         raise UserError(f"{request.root}: no such folder.")
     rows, classes = read_tags(request.tags)
-    values, colours = None, {}
+    values: dict[str, list[int]] | None = None
+    colours: dict[int, Colour] = {}
     if request.classes_file is not None:
         classes, values, colours = read_code(request.classes_file)
     check_classes(request.tags, rows, classes)

@@ -129,7 +129,8 @@ def _scan(nuclear: Any, other: Any, stains: tuple[Array, Array], hospital: Hospi
 def _tumour(shape: tuple[int, int], rng: Random) -> tuple[Array, Array]:
     nuclei = _cells(shape, 14, (4.0, 6.2), rng, density=rng.uniform(0.6, 1), stretch=(1.0, 1.3))
     chromatin = 0.8 + 0.25 * _smooth(shape, 0.9, rng)
-    return 0.15 + 0.75 * nuclei * chromatin, 0.45 + 0.06 * _smooth(shape, 2, rng) - 0.2 * nuclei
+    inked = np.asarray(0.15 + 0.75 * nuclei * chromatin, np.float32)
+    return inked, 0.45 + 0.06 * _smooth(shape, 2, rng) - 0.2 * nuclei
 
 
 def _stroma(shape: tuple[int, int], rng: Random) -> tuple[Array, Array]:
@@ -138,7 +139,7 @@ def _stroma(shape: tuple[int, int], rng: Random) -> tuple[Array, Array]:
     across = y * np.cos(angle) - x * np.sin(angle) + 5 * _smooth(shape, 18, rng) + 0.6 * _smooth(shape, 3, rng)
     fibres = np.sin(2 * np.pi * across / rng.uniform(6, 9))
     spindles = _cells(shape, 20, (2.6, 3.4), rng, density=0.6, stretch=(1.8, 2.3), angle=angle)
-    haze = rng.uniform(0.03, 0.3)
+    haze = np.float32(rng.uniform(0.03, 0.3))
     return haze + 0.75 * spindles, 0.5 + 0.28 * fibres + 0.05 * _smooth(shape, 1.2, rng)
 
 
@@ -182,7 +183,7 @@ def _smooth(shape: tuple[int, int], sigma: float, rng: Random) -> Array:
 def _lattice(shape: tuple[int, int], spacing: float, rng: Random) -> tuple[Any, Any, Any, Any]:
     """Return a jittered lattice: offsets (rows, columns, 2) in pixels, and the cell of each pixel of the patch."""
     counts = [int(size / spacing) + 4 for size in shape]
-    points = (np.stack(np.indices(counts), axis=-1) - 1 + rng.uniform(0.1, 0.9, (*counts, 2))) * spacing
+    points = (np.moveaxis(np.indices(counts), 0, -1) - 1 + rng.uniform(0.1, 0.9, (*counts, 2))) * spacing
     y, x = np.indices(shape, dtype=np.float32)
     return points.astype(np.float32), (y, x), (y / spacing).astype(int) + 1, (x / spacing).astype(int) + 1
 

@@ -240,7 +240,8 @@ def test_pictures_and_masks_are_paired_whether_or_not_names_carry_flags(root: Pa
 def test_the_index_counts_where_the_palette_is_wrong_and_a_note_says_so(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_mask(root / "test" / "mask" / "400000-1-2.png", bands(range(5)), [(0, 0, 0), (9, 9, 9), (1, 2, 3)])
+    wrong = [(20 * value, 0, 0) for value in range(5)]
+    save_mask(root / "test" / "mask" / "400000-1-2.png", bands(range(5)), wrong)
     out = convert(luad_module, root)
     assert np.array_equal(read(out / "labelsTs" / "LUAD_400000-1-2.png"), bands([1, 2, 3, 4, 5]))
     text = "1 masks have other colours in their palette than published; their indices count: test/img/400000-1-2"
