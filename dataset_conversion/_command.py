@@ -125,6 +125,8 @@ def planned_name(module: Any, words: Sequence[str]) -> str:
         UserError: an option makes no sense.
     """
     values = dict(module.command.make_context(module.FACTS.command, list(words)).params)
+    if hasattr(module, "dataset_name"):  # patches, whose options are others
+        return str(module.dataset_name(values))
     request = Request(link=not values.pop("copy"), **values)
     facts: Facts = module.chosen_facts(request) if hasattr(module, "chosen_facts") else module.FACTS
     title = request.supervision if facts.tags else "-".join(facts.site(text).name for text in request.sources)

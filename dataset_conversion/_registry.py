@@ -17,8 +17,12 @@ CONVERTERS = {
     "prostate-decathlon": ("Dataset506_ProstateDecathlon", "Medical Decathlon Task05, T2 and ADC; tags or masks."),
     "mnms": ("Dataset507_MnMs", "M&Ms, cardiac cine MR of four vendors; few labels (--target, --ratio)."),
     "scgm": ("Dataset508_SCGM", "Spinal cord grey matter of four sites, four raters; few labels."),
+    "luad-histoseg": ("Dataset509_LUADHistoSeg", "LUAD-HistoSeg, lung tissue patches with tags; two or four classes."),
+    "bcss-wsss": ("Dataset510_BCSSWSSS", "BCSS-WSSS, breast tissue patches with tags; two or four classes."),
+    "wsss4luad": ("Dataset511_WSSS4LUAD", "WSSS4LUAD, lung tissue patches with tags; two or three classes."),
     "simulated-vendors": ("Dataset514_SimulatedVendors", "Four SIMULATED vendors on ACDC hearts (SimA to SimD)."),
     "slice-tree": ("Dataset516_SliceTree", "PNG slices in {train,val}/{T2,ADC,GT}, one root per fold; tags or masks."),
+    "patch-folder": ("Dataset519_PatchFolder", "Your own RGB patches with a CSV of tags; any number of classes."),
 }
 
 

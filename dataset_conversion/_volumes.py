@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from dataset_conversion._facts import Raters, Source, SourceCase, Stack
 from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
 from dataset_conversion._slices import read_stack
 from nnunet_dgplugins.errors import Problem
-from nnunet_dgplugins.files import VALIDATION_MASKS, replacing
+from nnunet_dgplugins.files import VALIDATION_MASKS, replacing, take
 
 GEOMETRY_TOLERANCE = 1e-3  # mm; rounding of headers stays below, one shifted voxel does not
 
@@ -329,13 +327,7 @@ def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDAr
 
 def _take(source: Source, target: Path, link: bool) -> None:
     assert isinstance(source, Path), "a stack of slices is never taken as it is"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link:
-        relative = os.path.relpath(source.resolve(), target.parent.resolve())
-        os.symlink(relative, target)
-        return
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+    take(source, target, link)
 
 
 def _save(target: Path, array: npt.NDArray[Any], geometry: Volume, cut: slice) -> None:

@@ -52,6 +52,16 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def take(source: Path, target: Path, link: bool) -> None:
+    """Put a copy of a file in another place, in one step, or a relative link to it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        os.symlink(os.path.relpath(source.resolve(), target.parent.resolve()), target)
+        return
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON.
 

@@ -27,7 +27,8 @@ class Case:
         labelled: whether voxel annotation exists (decided here, never by the ignore value in a label file).
         tags: image tags of a case without masks. One entry per slice, in the reader's slice order (the first axis of
             what SimpleITK reads, nibabel's third); a 2-D image has one entry. An entry is a whole number (0 absent,
-            1 present) for a single class, or a list with one number per class.
+            1 present) for a single class, or a list with one such number per class, in the order of the label values
+            without background and ignore: a patch of four tissues with the first and the last has [[1, 0, 0, 1]].
         original: path of the source file relative to the download's root, or its original name.
     """
 
@@ -82,7 +83,7 @@ class CaseTable:
         block = dataset_json.get(KEY)
         if block is None:
             return None
-        problems = list(_problems(block, f"{where}, key {KEY}"))
+        problems = list(_problems(block, f"{where}, key {KEY}", _count_classes(dataset_json)))
         if problems:
             raise BadInput(f"The case table of {where} cannot be read", problems)
         return cls(
@@ -135,7 +136,13 @@ class CaseTable:
         return f"{case.site or ''}/{case.patient}"
 
 
-def _problems(block: Any, where: str) -> Iterable[Problem]:
+def _count_classes(dataset_json: Mapping[str, Any]) -> int | None:
+    """Return how many labels there are besides background and ignore; None where no label list says it."""
+    labels = dataset_json.get("labels")
+    return None if not labels else len(set(labels) - {"background", "ignore"})
+
+
+def _problems(block: Any, where: str, classes: int | None = None) -> Iterable[Problem]:
     if not isinstance(block, dict):
         yield Problem(where, f"a {type(block).__name__}", "an object")
         return
@@ -169,10 +176,16 @@ def _problems(block: Any, where: str) -> Iterable[Problem]:
         tags = content.get("tags")
         if isinstance(tags, list) and not all(_is_tag(tag) for tag in tags):
             yield Problem(f"{at}, tags", repr(tags), "a whole number per slice, or a list of them, one per class")
+        elif isinstance(tags, list) and not all(_fits(tag, classes) for tag in tags if isinstance(tag, list)):
+            yield Problem(f"{at}, tags", repr(tags), f"for each slice 0 or 1 for each of {classes} classes")
 
 
 def _is_tag(tag: Any) -> bool:
     return (isinstance(tag, int) and not isinstance(tag, bool)) or _is_list_of(tag, int)
+
+
+def _fits(tag: list[int], classes: int | None) -> bool:
+    return set(tag) <= {0, 1} and len(tag) == (len(tag) if classes is None else classes)
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

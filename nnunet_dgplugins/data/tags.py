@@ -1,4 +1,4 @@
-"""Slice tags of preprocessed cases: from the case table, through nnU-Net's crop, never from a label file."""
+"""Tags of slices and of whole images: from the case table, through nnU-Net's crop, never from a label file."""
 
 from __future__ import annotations
 
@@ -81,3 +81,25 @@ def slice_tags(
         raise UserError(f"{name}: {len(tags)} tags in the case table, {slices} slices in the image.")
     first, last = (int(bound) for bound in properties["bbox_used_for_cropping"][0])
     return np.asarray(tags[first:last], np.int64)
+
+
+def image_tags(table: CaseTable, name: str, classes: int) -> npt.NDArray[np.int64]:
+    """Return which classes a 2-D image shows (classes,), 0 or 1, in the order of the label values.
+
+    Args:
+        table: with one entry for the image, a list with one number per class.
+        name: the case.
+        classes: labels of the dataset, without background and ignore.
+
+    Raises:
+        UserError: the case has no tags of this kind.
+    """
+    tags = table.cases[name].tags if name in table.cases else None
+    entry = tags[0] if tags is not None and len(tags) == 1 else None
+    if classes == 1 and isinstance(entry, int):
+        entry = [entry]
+    if not isinstance(entry, list) or len(entry) != classes or not set(entry) <= {0, 1}:
+        raise UserError(
+            f"{name}: expected one entry in the case table with 0 or 1 for each of {classes} classes; found {tags!r}."
+        )
+    return np.asarray(entry, np.int64)

@@ -67,10 +67,16 @@ def test_every_converter_has_its_own_module_and_file_name() -> None:
 def test_each_converter_names_its_options_and_its_default_id(name: str) -> None:
     text = CliRunner().invoke(command, [name, "--help"]).output
     tagged = name in ("brats", "prostate-decathlon", "slice-tree")  # no sites, but image tags in place of masks
+    patches = {
+        **dict.fromkeys(("luad-histoseg", "bcss-wsss", "wsss4luad"), ("--classes", "--target", "--train-masks")),
+        "patch-folder": ("--tags", "--masks", "--classes-file", "--source"),
+    }
     own = ("--supervision", "--min-pixels") if tagged else ("--source", "--target", "--drop-empty-slices")
+    if name in patches:
+        own = ("--supervision", "--protocol", "--resize", *patches[name])
     for option in (*own, "--id", "--exclude", "--copy / --link", "--overwrite"):
         assert option in text
-    assert ("--source" in text) != tagged
+    assert ("--source SITE" in text) != (tagged or (name in patches and name != "patch-folder"))
     assert CONVERTERS[name][0][7:10] in text
 
 
