@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dataset_conversion._patches import TEST, Code, Patch
 from nnunet_dgplugins.errors import Problem
-from nnunet_dgplugins.files import take, write_bytes
+from nnunet_dgplugins.files import VALIDATION_MASKS, take, write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,7 +126,7 @@ def write_patch(patch: Patch, checked: Checked, recipe: Recipe, folder: Path) ->
     if recipe.weak and patch.part != TEST:
         if not label.exists():
             write_bytes(label, blank(*checked.size, recipe.ignore))
-        label = folder / "labelsVal" / label.name
+        label = folder / VALIDATION_MASKS / label.name
     if patch.mask is not None and not label.exists():
         from PIL import Image
 

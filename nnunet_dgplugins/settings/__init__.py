@@ -24,8 +24,9 @@ from nnunet_dgplugins.settings.epl import EPLSettings
 from nnunet_dgplugins.settings.equivariant import EquivariantSettings
 
 __all__ = [
-    "KEY", "VARIABLE", "DCAMClassifierSettings", "DCAMSettings", "DeSAMSettings", "EPLSettings", "EquivariantSettings", "TrainingSettings", "build",
-    "configuration_block", "parse_value", "resolve", "settings_class", "to_dict", "trial_settings",
+    "KEY", "VARIABLE", "DCAMClassifierSettings", "DCAMSettings", "DeSAMSettings", "EPLSettings", "EquivariantSettings",
+    "TrainingSettings", "build", "configuration_block", "parse_value", "resolve", "settings_class", "to_dict",
+    "trial_settings",
 ]  # fmt: skip
 
 KEY = "dgplugins"

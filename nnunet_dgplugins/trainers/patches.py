@@ -17,7 +17,6 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.loaders import SliceLoader, image_shape, read_image, read_properties
 from nnunet_dgplugins.data.tags import image_tags
-from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.confusion import DatasetScores, Matrix, confusion, dataset_scores
 from nnunet_dgplugins.files import CAM_VALIDATION, write_json
 from nnunet_dgplugins.methods.dcam.masks import IGNORE
@@ -38,9 +37,7 @@ class StepwisePoly:
         epochs: returns their number.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, steps_per_epoch: Callable[[], int], epochs: Callable[[], int]
-    ):
+    def __init__(self, optimizer: torch.optim.Optimizer, steps_per_epoch: Callable[[], int], epochs: Callable[[], int]):
         self.optimizer, self._steps_per_epoch, self._epochs, self._done = optimizer, steps_per_epoch, epochs, 0
 
     def step(self, epoch: int | None = None) -> None:
