@@ -178,8 +178,8 @@ def _notes(work: _Work) -> list[str]:
     alike = sorted({patient for site, patient in patients[TEST] if sites[patient] - {site}})
     if alike:
         notes.append(
-            f"{len(alike)} patient names of training occur at a test site, too: {some(alike, 3)}; if these are the same "
-            "people, that site is no unseen one"
+            f"{len(alike)} patient names of training occur at a test site, too: {some(alike, 3)}; if these are "
+            "the same people, that site is no unseen one"
         )
     unknown = [patch.name for patch in work.patches if patch.patient is None]
     if unknown:
