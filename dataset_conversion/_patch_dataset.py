@@ -172,6 +172,15 @@ def _notes(work: _Work) -> list[str]:
         if both:
             names = sorted(patient for _, patient in both)
             notes.append(f"{len(names)} patients are in {one} and {other}, kept as published: {some(names, 3)}")
+    sites: dict[str, set[str | None]] = defaultdict(set)
+    for site, patient in patients[TRAIN] | patients[VAL]:
+        sites[patient].add(site)
+    alike = sorted({patient for site, patient in patients[TEST] if sites[patient] - {site}})
+    if alike:
+        notes.append(
+            f"{len(alike)} patient names of training occur at a test site, too: {some(alike, 3)}; if these are "
+            "the same people, that site is no unseen one"
+        )
     unknown = [patch.name for patch in work.patches if patch.patient is None]
     if unknown:
         notes.append(f"{len(unknown)} names tell no patient, so each such patch counts as one: {some(unknown, 3)}")

@@ -333,6 +333,17 @@ def test_patients_on_both_sides_are_kept_as_published_and_said(root: Path, capsy
     assert splits.check([split], table(out), names(out / "imagesTr"), supervision=splits.TAGS)
 
 
+def test_patients_of_training_that_a_target_has_as_well_are_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = wsss(tmp_path / "wsss")
+    for folder in ("img", "mask"):
+        path = other / "2.validation" / folder / "00.png"
+        path.rename(path.with_name("1031280-1-1.png"))
+    convert(luad_module, root, targets=(f"wsss4luad={other}",), classes=2)
+    assert "1 patient names of training occur at a test site, too: 1031280" in capsys.readouterr().err
+
+
 def test_a_picture_that_is_in_two_parts_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(root / "test" / "img" / "400000-1-2.png", root / "training" / "5-5-5-[1 0 0 0].png")
     convert(luad_module, root)
