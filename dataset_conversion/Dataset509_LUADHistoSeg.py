@@ -31,6 +31,7 @@ FACTS = PatchFacts(
     folders={"train": ("train", "training"), "val": ("val",), "test": ("test",)},
     reference="https://github.com/ChuHan89/WSSS-Tissue",
     licence="as the download says",
+    white=True,
 )
 dataset_name = partial(name_of, FACTS)
 command = make_patch_command(FACTS, "Convert LUAD-HistoSeg at ROOT (its folder, or the one above): tags for training.")

@@ -156,6 +156,7 @@ def collect(facts: PatchFacts, request: PatchRequest) -> PatchSet:
             "test patches only."
         )
     classes = facts.classes(request.classes, request.order)
+    trained = targets[0][0] if request.protocol == RELEASE else facts  # whose patches get pseudo masks
     options = {
         "converter": facts.command,
         "supervision": request.supervision,
@@ -163,6 +164,7 @@ def collect(facts: PatchFacts, request: PatchRequest) -> PatchSet:
         "targets": [target.site for target, _ in targets],
         "protocol": request.protocol,
         "resize": request.resize,
+        "white_background": trained.white and len(classes) != len(TWO),
         "excluded": sorted(request.exclude),
     }
     name = _title(facts, request, [target for target, _ in targets])

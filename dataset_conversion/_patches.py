@@ -61,6 +61,7 @@ class PatchFacts:
         licence: what they may be used for, as far as known.
         tags: such sets become weak datasets.
         simulated: whether the sites are made by a program.
+        white: whether white pixels are no tissue, so that pseudo masks leave them out (with all classes, as published).
     """
 
     command: str
@@ -75,6 +76,7 @@ class PatchFacts:
     licence: str = ""
     tags: bool = True
     simulated: bool = False
+    white: bool = False
 
     def classes(self, count: int | None, order: str = PUBLISHED) -> tuple[str, ...]:
         """Return the names of the labels 1, 2, ... of a protocol with ``count`` classes; None for all of them."""

@@ -340,7 +340,9 @@ class DCAMTrainer(TaggedPatchTrainer):
         logits = self.network.segmenter(self._divisible(batch["images"].to(self.device)))
         height, width = batch["truth"].shape
         found = logits[0, :, :height, :width].argmax(0).cpu().numpy()
-        return {"matrix": confusion(batch["truth"].astype(np.int64), found, range(logits.shape[1]))}
+        truth = torch.from_numpy(batch["truth"].astype(np.int64))[None]
+        loss = torch.nn.functional.cross_entropy(logits[..., :height, :width].float().cpu(), truth, ignore_index=IGNORE)
+        return {"matrix": confusion(truth[0].numpy(), found, range(logits.shape[1])), "loss": float(loss)}
 
     def _divisible(self, images: torch.Tensor) -> torch.Tensor:
         """Pad below and on the right to what the planned network's poolings divide; DeepLabV3+ needs nothing."""
@@ -357,7 +359,10 @@ class DCAMTrainer(TaggedPatchTrainer):
         found = dataset_scores(matrix)
         self.logger.log("mean_fg_dice", float(np.nan_to_num(found.miou)), self.current_epoch)
         self.logger.log("dice_per_class_or_region", np.nan_to_num(found.ious).tolist(), self.current_epoch)
-        self.logger.log("val_losses", float("nan"), self.current_epoch)
+        losses = [output["loss"] for output in val_outputs]
+        self.logger.log(
+            "val_losses", float(np.nanmean(losses)) if not np.isnan(losses).all() else 0.0, self.current_epoch
+        )
         self.print_to_log_file(f"Validation patches, without the gate: {said(found)}")
 
 

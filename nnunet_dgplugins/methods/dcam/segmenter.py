@@ -109,13 +109,18 @@ class GatedSegmenter(nn.Module):
                 with torch.autocast(x.device.type, enabled=False):
                     probabilities = self.classifier(shown).sigmoid()
                 scores = self._gated(scores, probabilities)
-            out[index, :, box[0] : box[1], box[2] : box[3]] = with_background(scores, background)[0]
+            out[index, :, box[0] : box[1], box[2] : box[3]] = moderate(with_background(scores, background))[0]
         return out
 
     def _gated(self, scores: Tensor, probabilities: Tensor) -> Tensor:
         if self.gate == "published":
             return published_gate(scores, probabilities, self.threshold)
         return close(scores, open_classes(probabilities, self.threshold), DEPLOYED_CLOSED)
+
+
+def moderate(logits: Tensor) -> Tensor:
+    """Return logits (N, K, ...) of the same softmax from -50 to 0: nnU-Net's predictor sums them in half precision."""
+    return (logits - logits.amax(1, keepdim=True)).clamp(min=DEPLOYED_CLOSED)
 
 
 def contents(x: Tensor) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
