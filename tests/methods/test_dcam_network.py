@@ -248,5 +248,16 @@ def test_the_classifier_can_learn_the_tags_of_four_patches():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_thin_tower_learns_the_same_in_channels_last_layout():
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = thin("off").double().to(memory_format=layout).eval()
+        images = pictures().double().to(memory_format=layout)
+        tag_loss(network(images), torch.tensor([[1, 0, 1], [0, 1, 0]])).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)

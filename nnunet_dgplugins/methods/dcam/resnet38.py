@@ -61,14 +61,19 @@ class ResBlock(nn.Module):
         self.conv_branch2b1 = nn.Conv2d(
             mid_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False
         )  # fmt: skip
+        self.stride = stride
         self.conv_branch1: nn.Conv2d | None = None
         if in_channels != out_channels or stride != 1:
-            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, Cin, H, W) to (N, Cout, H / stride, W / stride)."""
         active = self.bn_branch2a(x).relu()
-        beside = x if self.conv_branch1 is None else self.conv_branch1(active)
+        beside = x
+        if self.conv_branch1 is not None:
+            # the stride is taken here: on the CPU a strided 1x1 convolution writes beyond its memory (torch 2.15) in
+            # the channels-last layout of fewer than 16 channels, which thin towers have
+            beside = self.conv_branch1(active[:, :, :: self.stride, :: self.stride])
         out = self.conv_branch2b1(self.bn_branch2b1(self.conv_branch2a(active)).relu())
         return beside + out
 
