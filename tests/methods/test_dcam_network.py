@@ -92,6 +92,12 @@ def test_an_unknown_mode_is_refused_with_the_known_ones():
         thin("group")
 
 
+@pytest.mark.parametrize("divisor", [0, 3, 128])
+def test_a_width_that_leaves_no_whole_channels_is_refused(divisor):
+    with pytest.raises(ValueError, match=f"divisor of 64, got {divisor}"):
+        ResNet38(2, width_divisor=divisor)
+
+
 def test_instance_pcnorm_takes_brightness_and_contrast_away_and_nothing_else():
     x = torch.randn(2, 5, 12, 15, generator=torch.Generator().manual_seed(0))
     norm = pcnorm.PCNorm(5)

@@ -113,7 +113,8 @@ class ResNet38(nn.Module):
 
     Args:
         num_classes: C.
-        width_divisor: all channels are divided by it; 1 is the published tower, for small machines try 8 or 16.
+        width_divisor: all channels are divided by it, a divisor of 64; 1 is the published tower, for small machines try
+            8 or 16.
         pcnorm: see :data:`~.pcnorm.MODES`; ``official`` and ``off`` compute nothing there.
         in_channels: of the image.
         attention_divisor: see :func:`~.attention.dropped_attention`.
@@ -133,6 +134,8 @@ class ResNet38(nn.Module):
         attention_divisor: int | None = None,
     ):
         super().__init__()
+        if width_divisor < 1 or 64 % width_divisor:
+            raise ValueError(f"width_divisor is a divisor of 64, got {width_divisor}.")
         c64, c128, c256, c512, c1024, c2048, c4096 = (64 * 2**i // width_divisor for i in range(7))
         self.attention_divisor = attention_divisor
         self.conv1a = nn.Conv2d(in_channels, c64, 3, padding=1, bias=False)
