@@ -11,7 +11,7 @@
 #   bash scripts/demo.sh ... --data DIR  the real download (SAML layout; equivariant: BraTS 2019), same steps
 #
 # Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; others: demo_output_METHOD)
-#          desam: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (60; 5000 with --data)
+#          desam: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (100; 5000 with --data)
 # Killed or stopped? Run it again: finished steps are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +40,7 @@ case "$method" in
   epl)
     out="${out:-demo_output_epl}" site="${site:-UCL}" trainer=EPLTrainer id=517
     dataset="Dataset517_ProstateSAML_without_$site" convert=(--target "$site" --labelled 1)
-    [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=60; } ;;
+    [ -n "$steps" ] || { [ -n "$data" ] && steps=5000 || steps=100; } ;;
   equivariant)
     out="${out:-demo_output_equivariant}" trainer=EquivariantCAMTrainer id=518
     dataset=Dataset518_BraTS2019_T1-T2_tags convert=(--modalities T1,T2 --val 0.1 --test 0.2)
@@ -102,6 +102,9 @@ if [ "$method" = desam ]; then
   equal=(--minutes "$(minutes_of DeSAMTrainer)")
 elif [ "$method" = epl ]; then
   equal=(--iterations "$steps")
+  # ten times the published rate for few steps, fewer unlabelled patches, and each network learns from labels alone first
+  # (an epoch has 25 steps here); as in studies/epl.yaml
+  settings "EPLTrainer: {unlabelled_batch_size: 4, initial_lr: 0.001, schedule: poly, cps_start_epoch: 2}"
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 else
   # small images and few of them: the prostate's width and a higher rate

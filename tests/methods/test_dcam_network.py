@@ -92,6 +92,12 @@ def test_an_unknown_mode_is_refused_with_the_known_ones():
         thin("group")
 
 
+@pytest.mark.parametrize("divisor", [0, 3, 128])
+def test_a_width_that_leaves_no_whole_channels_is_refused(divisor):
+    with pytest.raises(ValueError, match=f"divisor of 64, got {divisor}"):
+        ResNet38(2, width_divisor=divisor)
+
+
 def test_instance_pcnorm_takes_brightness_and_contrast_away_and_nothing_else():
     x = torch.randn(2, 5, 12, 15, generator=torch.Generator().manual_seed(0))
     norm = pcnorm.PCNorm(5)
@@ -248,5 +254,16 @@ def test_the_classifier_can_learn_the_tags_of_four_patches():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_thin_tower_learns_the_same_in_channels_last_layout():
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = thin("off").double().to(memory_format=layout).eval()
+        images = pictures().double().to(memory_format=layout)
+        tag_loss(network(images), torch.tensor([[1, 0, 1], [0, 1, 0]])).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)

@@ -61,14 +61,19 @@ class ResBlock(nn.Module):
         self.conv_branch2b1 = nn.Conv2d(
             mid_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False
         )  # fmt: skip
+        self.stride = stride
         self.conv_branch1: nn.Conv2d | None = None
         if in_channels != out_channels or stride != 1:
-            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, Cin, H, W) to (N, Cout, H / stride, W / stride)."""
         active = self.bn_branch2a(x).relu()
-        beside = x if self.conv_branch1 is None else self.conv_branch1(active)
+        beside = x
+        if self.conv_branch1 is not None:
+            # the stride is taken here: on the CPU a strided 1x1 convolution writes beyond its memory (torch 2.15) in
+            # the channels-last layout of fewer than 16 channels, which thin towers have
+            beside = self.conv_branch1(active[:, :, :: self.stride, :: self.stride])
         out = self.conv_branch2b1(self.bn_branch2b1(self.conv_branch2a(active)).relu())
         return beside + out
 
@@ -108,7 +113,8 @@ class ResNet38(nn.Module):
 
     Args:
         num_classes: C.
-        width_divisor: all channels are divided by it; 1 is the published tower, for small machines try 8 or 16.
+        width_divisor: all channels are divided by it, a divisor of 64; 1 is the published tower, for small machines try
+            8 or 16.
         pcnorm: see :data:`~.pcnorm.MODES`; ``official`` and ``off`` compute nothing there.
         in_channels: of the image.
         attention_divisor: see :func:`~.attention.dropped_attention`.
@@ -128,6 +134,8 @@ class ResNet38(nn.Module):
         attention_divisor: int | None = None,
     ):
         super().__init__()
+        if width_divisor < 1 or 64 % width_divisor:
+            raise ValueError(f"width_divisor is a divisor of 64, got {width_divisor}.")
         c64, c128, c256, c512, c1024, c2048, c4096 = (64 * 2**i // width_divisor for i in range(7))
         self.attention_divisor = attention_divisor
         self.conv1a = nn.Conv2d(in_channels, c64, 3, padding=1, bias=False)
