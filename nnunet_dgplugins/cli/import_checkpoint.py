@@ -13,7 +13,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command("import-checkpoint")
 @click.argument("checkpoint", type=_FILE)
-@click.option("--dataset", required=True, help="Planned dataset whose geometry and labels the model takes over.")
+@click.option("--dataset", help="Planned dataset whose geometry and labels the model takes over.")
 @trainer_option
 @plans_option
 @configuration_option
@@ -21,9 +21,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--second", type=_FILE, help="EPL: the other of the two released networks.")
 @click.option("--spacing", type=click.FloatRange(min=0, min_open=True), help="EPL: in-plane spacing in mm.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="D-CAM: .safetensors file to write.")
 def command(
     checkpoint: Path,
-    dataset: str,
+    dataset: str | None,
     trainer: str,
     plans: str,
     configuration: str,
@@ -31,11 +32,21 @@ def command(
     second: Path | None,
     spacing: float | None,
     overwrite: bool,
+    out: Path | None,
 ) -> None:
     """Make a model folder from an official CHECKPOINT, ready for nnUNetv2_predict.
 
-    CHECKPOINT is desam_model_best.pth of DeSAM, or one of EPL's two networks, saved as a state dict.
+    CHECKPOINT is desam_model_best.pth of DeSAM, or one of EPL's two networks, saved as a state dict. With -o it is the
+    public MXNet .params file of ResNet-38, whose tensors become start weights of D-CAM's stage 1 (start_weights takes
+    either file).
     """
+    if out is not None:
+        from nnunet_dgplugins.methods.dcam.mxnet_params import convert_params
+
+        click.echo(f"{convert_params(checkpoint, out)} tensors in {out}.")
+        return
+    if dataset is None:
+        raise click.UsageError("Missing option '--dataset'.")
     from nnunet_dgplugins.registry import TRAINERS
     from nnunet_dgplugins.trainers.imported import Destination, import_desam, import_epl
 

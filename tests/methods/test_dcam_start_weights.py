@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.methods.dcam import mxnet_params
 from nnunet_dgplugins.methods.dcam.checkpoint import load_classifier_weights
@@ -228,3 +230,13 @@ def test_a_name_that_comes_twice_is_refused(tmp_path):
     (tmp_path / "a.params").write_bytes(content.replace(b"arg:y", b"arg:x"))
     with pytest.raises(BadInput, match="names twice: arg:x"):
         read_params(tmp_path / "a.params")
+
+
+def test_the_command_writes_the_same_file_and_asks_for_a_dataset_otherwise(tmp_path):
+    source = tmp_path / "tower.params"
+    source.write_bytes(params_bytes(published(thin())))
+    convert_params(source, tmp_path / "expected.safetensors")
+    done = CliRunner().invoke(cli, ["import-checkpoint", str(source), "-o", str(tmp_path / "found.safetensors")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+    assert "--dataset" in CliRunner().invoke(cli, ["import-checkpoint", str(source)]).output
