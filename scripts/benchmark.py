@@ -112,7 +112,8 @@ def training_step(model_name: str, prompt: str, batch: int, device):
 
     from nnunet_dgplugins.methods.desam.head import DeSAMHead
     from nnunet_dgplugins.methods.desam.losses import desam_loss
-    from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, trainable_parameters
+    from nnunet_dgplugins.methods.desam.network import build_decoder, trainable_parameters
+    from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
     from nnunet_dgplugins.sam.models import MODELS
 
     torch.manual_seed(0)

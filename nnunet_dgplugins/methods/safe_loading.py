@@ -1,18 +1,70 @@
-"""State dicts of released code, read in safe mode only."""
+"""State dicts of released code, read in safe mode only, and what of them fits a network."""
 
 from __future__ import annotations
 
 import os
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_dgplugins.errors import UserError
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "network_weights")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Which tensors of a file went into a network.
+
+    Args:
+        matched: loaded, by the network's names.
+        reshaped: in both but of another shape, ``name (file's shape) instead of (network's)``; skipped.
+        unknown: in the file only; skipped.
+        missing: in the network only; left as they were.
+    """
+
+    matched: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the network came from the file."""
+        return not self.reshaped and not self.missing
+
+    def __str__(self) -> str:
+        """Return the counts, and what was skipped by name."""
+        text = f"{len(self.matched)} tensors loaded"
+        for names, what in (
+            (self.reshaped, "of another shape, skipped"),
+            (self.unknown, "unknown to the network, skipped"),
+            (self.missing, "not in the file, left as they were"),
+        ):
+            if names:
+                text += f"; {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        return text + "."
+
+
+def load_matching(network: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
+    """Load what has the network's name and shape, and say what became of the rest."""
+    own = network.state_dict()
+    fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    network.load_state_dict(fits, strict=False)
+    return Loaded(
+        matched=tuple(fits),
+        reshaped=tuple(
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and key not in fits
+        ),
+        unknown=tuple(key for key in state if key not in own),
+        missing=tuple(key for key in own if key not in state),
+    )
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

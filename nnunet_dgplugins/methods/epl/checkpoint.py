@@ -4,69 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.methods.safe_loading import read_state_dict
+from nnunet_dgplugins.methods.safe_loading import Loaded, load_matching, read_state_dict
 
 _BACKBONE = "backbone."
 _STEM = "backbone.conv1.0.weight"
 _CLASSIFIER = ("classifier.weight", "classifier.bias")
 # by the number of output channels; the background is one more channel, the last
 RELEASED_CLASSES = {4: ("LV", "MYO", "RV"), 2: ("GM",)}  # M&Ms, SCGM
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Which tensors of a file went into a network.
-
-    Args:
-        matched: loaded, by the network's names.
-        reshaped: in both but of another shape, ``name (file's shape) instead of (network's)``; skipped.
-        unknown: in the file only; skipped.
-        missing: in the network only; left as they were.
-    """
-
-    matched: tuple[str, ...]
-    reshaped: tuple[str, ...]
-    unknown: tuple[str, ...]
-    missing: tuple[str, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every tensor of the network came from the file."""
-        return not self.reshaped and not self.missing
-
-    def __str__(self) -> str:
-        """Return the counts, and what was skipped by name."""
-        text = f"{len(self.matched)} tensors loaded"
-        for names, what in (
-            (self.reshaped, "of another shape, skipped"),
-            (self.unknown, "unknown to the network, skipped"),
-            (self.missing, "not in the file, left as they were"),
-        ):
-            if names:
-                text += f"; {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        return text + "."
-
-
-def load_matching(network: nn.Module, state: Mapping[str, Tensor]) -> Loaded:
-    """Load what has the network's name and shape, and say what became of the rest."""
-    own = network.state_dict()
-    fits = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    network.load_state_dict(fits, strict=False)
-    return Loaded(
-        matched=tuple(fits),
-        reshaped=tuple(
-            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-            for key, value in state.items()
-            if key in own and key not in fits
-        ),
-        unknown=tuple(key for key in state if key not in own),
-        missing=tuple(key for key in own if key not in state),
-    )
 
 
 def load_start_weights(network: nn.Module, path: str | os.PathLike[str]) -> Loaded:
