@@ -161,16 +161,19 @@ def draw_jitter(shape: tuple[int, ...], generator: np.random.Generator, largest:
     return generator.integers(0, largest + 1, size=(*shape, 4))
 
 
-def jittered(boxes: Tensor, draw: np.ndarray | Tensor, side: int, found: Tensor | None = None) -> Tensor:
+def jittered(
+    boxes: Tensor, draw: np.ndarray | Tensor, side: int, found: Tensor | None = None, step: float = 1.0
+) -> Tensor:
     """Move each edge of boxes outward by its draw, within the tile.
 
     Args:
         boxes: (..., 4) in pixels of the tile.
-        draw: (..., 4) as from :func:`draw_jitter`, in pixels of a tile of 512; scaled to this one.
+        draw: (..., 4) as from :func:`draw_jitter`.
         side: of the tile.
         found: (...) bool; boxes where it is False stay as they are. None: all move.
+        step: pixels per unit drawn; 1 for the published tile of 512.
     """
-    amount = torch.as_tensor(draw).to(boxes) * (side / PUBLISHED_SIDE)
+    amount = torch.as_tensor(draw).to(boxes) * step
     left, right, up, down = amount.unbind(-1)
     moved = torch.stack(
         [

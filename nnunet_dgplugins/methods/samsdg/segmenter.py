@@ -20,12 +20,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnunet_dgplugins.content import CLOSED, Box, Field, content_box, from_canvas, tiled_warning
 from nnunet_dgplugins.methods.sam_parts import expected_dice
-from nnunet_dgplugins.methods.samsdg.boxes import BoxRule, find_boxes
+from nnunet_dgplugins.methods.samsdg.boxes import PUBLISHED_SIDE, BoxRule, find_boxes, jittered
 from nnunet_dgplugins.methods.samsdg.canvas import TILES, filled_up, merge, on_canvas
 from nnunet_dgplugins.methods.samsdg.decoder import BoxDecoder
 from nnunet_dgplugins.methods.samsdg.preprocess import CHANNELS, resized, seen
@@ -230,6 +231,14 @@ class SAMSDGSegmenter(SliceNetwork):
         boxes, found = find_boxes(probability.flatten(0, 1), self.rule)
         scale = self.decoder.tile / self.coarse_size
         return (boxes * scale).unflatten(0, (-1, self.num_classes)), found.unflatten(0, (-1, self.num_classes))
+
+    def with_jitter(self, boxes: Tensor, draw: np.ndarray) -> Tensor:
+        """Return boxes (B, K, 4) of tiles with their edges moved as drawn (:func:`~.boxes.draw_jitter`), in training.
+
+        Draws are in pixels of a tile of 512 and mean the same share of a smaller one.
+        """
+        tile = self.decoder.tile
+        return jittered(boxes, draw, tile, step=tile / PUBLISHED_SIDE)
 
     @torch.no_grad()
     def embed(self, tiles: Tensor) -> Tensor:
