@@ -1,7 +1,7 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant, gpu
+    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant, samsdg, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their
@@ -34,6 +34,7 @@ TITLES = {
     "grid": "Grid inference",
     "epl": "EPL: Fourier mixing and training step on the CPU",
     "equivariant": "Equivariant CAMs: training step and export of maps on the CPU",
+    "samsdg": "SAM-SDG: search of components, training step and inference of the decoder on the CPU",
     "gpu": "GPU",
 }
 
@@ -241,6 +242,11 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
 
         return benchmark_equivariant.rows_on_the_cpu()
 
+    def samsdg() -> list[Row]:
+        import benchmark_samsdg
+
+        return benchmark_samsdg.rows_on_the_cpu()
+
     def gpu() -> list[Row]:
         import benchmark_epl
         import benchmark_equivariant
@@ -255,6 +261,7 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
         "grid": grid,
         "epl": epl,
         "equivariant": equivariant,
+        "samsdg": samsdg,
         "gpu": gpu,
     }
 
