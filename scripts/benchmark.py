@@ -1,7 +1,8 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant, samsdg, gpu
+    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant,
+                                                samsdg, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their

@@ -30,7 +30,7 @@ from nnunet_dgplugins.sam.models import MODELS
 from nnunet_dgplugins.system import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "methods"))
-from samsdg_published import search  # noqa: E402 - stands with the tests that hold it to the released boxes
+from samsdg_published import search
 
 #: what, published order of work, ours, ratio, note
 Row = tuple[str, str, str, str, str]
@@ -68,7 +68,9 @@ def search_rows(repeats: int = 5, side: int = GRID) -> list[Row]:
             raise RuntimeError("The searches disagree.")
         what = f"box of the largest component, {side} x {side}, {name}"
         ratio = f"{theirs / mine:,.0f}x"
-        rows.append((what, f"{1000 * theirs:.0f} ms", f"{1e6 * mine:.0f} us", ratio, f"one thread, median of {repeats}"))
+        rows.append(
+            (what, f"{1000 * theirs:.0f} ms", f"{1e6 * mine:.0f} us", ratio, f"one thread, median of {repeats}")
+        )
     return rows
 
 

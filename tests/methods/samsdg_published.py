@@ -40,7 +40,7 @@ def search(mask: torch.Tensor) -> torch.Tensor:
 
 
 def swapped_on_canvas(boxes: torch.Tensor, tile: int) -> torch.Tensor:
-    """Move boxes (4N, 4) onto their canvas with the row's offset in x and the column's in y, as all released scripts."""
+    """Move boxes (4N, 4) onto their canvas with the row's offset in x and the column's in y, as released."""
     moved = boxes.clone()
     for index in range(len(boxes)):
         row, column = divmod(index % 4, 2)

@@ -194,7 +194,9 @@ def test_further_classes_start_from_sams_answer_and_learn_apart():
 
 def test_one_class_takes_sams_weights_as_they_are():
     decoder, other = decoder_of(1), decoder_of(1, seed=1)
-    load_mask_decoder(other.mask_decoder, {f"mask_decoder.{k}": v for k, v in decoder.mask_decoder.state_dict().items()})
+    load_mask_decoder(
+        other.mask_decoder, {f"mask_decoder.{k}": v for k, v in decoder.mask_decoder.state_dict().items()}
+    )
     for key, value in decoder.mask_decoder.state_dict().items():
         assert torch.equal(other.mask_decoder.state_dict()[key], value), key
 

@@ -104,7 +104,9 @@ def test_a_slice_has_the_same_result_alone_and_in_any_order_of_a_batch():
 
 def test_zero_padding_around_a_slice_never_changes_a_bit():
     net, x = network(), slices(2)
-    for found, plain in zip((net(padded(x)), net.segment_four(padded(x))[0]), (net(x), net.segment_four(x)[0]), strict=True):
+    for found, plain in zip(
+        (net(padded(x)), net.segment_four(padded(x))[0]), (net(x), net.segment_four(x)[0]), strict=True
+    ):
         assert torch.equal(found[:, :, 5:35, 11:37], plain)
         outside = torch.ones(44, 40, dtype=torch.bool)
         outside[5:35, 11:37] = False

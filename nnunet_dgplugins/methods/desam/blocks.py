@@ -6,7 +6,6 @@ because they are the keys of its checkpoints.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -123,7 +123,7 @@ def component_boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if part := _largest(mask):
             kept, top, left = part
             (box,), (found[index],) = mask_boxes(kept[None])
-            boxes[index] = box + (left, top, left, top)
+            boxes[index] = np.add(box, (left, top, left, top))
     return boxes, found
 
 

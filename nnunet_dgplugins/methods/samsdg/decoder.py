@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.methods.samsdg.canvas import SIDE, TILES
 from nnunet_dgplugins.methods.sam_parts import DecoderSizes, disabled_autocast
+from nnunet_dgplugins.methods.samsdg.canvas import SIDE, TILES
 from nnunet_dgplugins.methods.two_way import two_way
 
 PREFIX = "mask_decoder."
@@ -97,9 +97,10 @@ class BoxDecoder(nn.Module):
     def _transformed(self, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mask token of each box's class (4NK, P) and the image as each box sees it (4NK, P, g, g)."""
         decoder, per_canvas = self.mask_decoder, TILES * self.num_classes
-        sparse, dense, position = encode_boxes(self.prompt_encoder, boxes.reshape(-1, 4))
         fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse.to(fixed.dtype)], dim=1)
+        encoded = encode_boxes(self.prompt_encoder, boxes.reshape(-1, 4))
+        sparse, dense, position = (part.to(fixed.dtype) for part in encoded)
+        tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse], dim=1)
         if torch.is_grad_enabled():
             image = embeddings.repeat_interleave(per_canvas, 0) + dense
             queries, keys = decoder.transformer(image, position.expand(len(image), -1, -1, -1), tokens)

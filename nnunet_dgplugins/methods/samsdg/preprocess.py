@@ -56,6 +56,4 @@ def seen(x: Tensor, channels: Sequence[int], field: Field | None = None, equalis
 
 def resized(image: Tensor, size: int) -> Tensor:
     """Stretch an image (C, h, w) to (C, size, size), bilinear; anti-aliased where it shrinks, unlike the published."""
-    return F.interpolate(
-        image[None], size=(size, size), mode="bilinear", align_corners=False, antialias=True
-    )[0]
+    return F.interpolate(image[None], size=(size, size), mode="bilinear", align_corners=False, antialias=True)[0]

@@ -62,5 +62,7 @@ def _spread(size: int, grid: int) -> Tensor:
     if not cell:
         raise ValueError(f"{grid} cells do not fit into {size} pixels.")
     kernel = spline(cell)
-    spread = F.conv_transpose1d(torch.eye(grid)[:, None], kernel[None, None], stride=cell, padding=(len(kernel) - 1) // 2)
+    spread = F.conv_transpose1d(
+        torch.eye(grid)[:, None], kernel[None, None], stride=cell, padding=(len(kernel) - 1) // 2
+    )
     return F.interpolate(spread, size=size, mode="linear", align_corners=True)[:, 0].T.contiguous()

@@ -80,7 +80,7 @@ class SliceNetwork(nn.Module):
         if logits is None:
             found = torch.full((num_classes, *size), CLOSED, device=x.device)
         else:
-            found = from_canvas((logits.float() - self.shift).clamp(CLOSED, -CLOSED), box, size, CLOSED, self.field)
+            found = from_canvas(logits.clamp(CLOSED, -CLOSED), box, size, CLOSED, self.field)
         return torch.cat([torch.zeros_like(found[:1]), found]) if self.background else found
 
 
@@ -134,8 +134,8 @@ class CoarseSegmenter(SliceNetwork):
             box = content_box(item)
             found = None
             if box is not None:
-                found = self.network(self.images(item[None]))[0]
-                confidence[index] = expected_dice(found[None] - self.shift)[0]
+                found = self.network(self.images(item[None]))[0].float() - self.shift
+                confidence[index] = expected_dice(found[None])[0]
             logits.append(self._on_slice(found, box, item, self.num_classes))
         return torch.stack(logits), confidence
 
@@ -292,7 +292,7 @@ class SAMSDGSegmenter(SliceNetwork):
             wanted = present.any(1).nonzero()[:, 0].tolist()
             for place, logits in self._asked(tiles, own, wanted, alone):
                 masks[shown[place]] = torch.where(present[place][:, None, None], logits, CLOSED)
-                sure = expected_dice(logits[None] - self.shift)[0]
+                sure = expected_dice(logits[None])[0]
                 confidence[shown[place]] = torch.where(present[place], sure, torch.ones_like(sure))
         logits = [
             self._on_slice(masks.get(index), content[index], item, self.num_classes) for index, item in enumerate(x)
@@ -300,10 +300,11 @@ class SAMSDGSegmenter(SliceNetwork):
         return torch.stack(logits), confidence
 
     def _asked(self, tiles: Tensor, boxes: Tensor, wanted: Sequence[int], alone: bool) -> list[tuple[int, Tensor]]:
-        """Return the wanted tiles' numbers, each with its logits (K, S / 2, S / 2)."""
+        """Return the wanted tiles' numbers, each with its logits (K, S / 2, S / 2), above 0 where a class wins."""
         found = []
         for start in range(0, len(wanted), 1 if alone else TILES):
             group = list(wanted[start : start + (1 if alone else TILES)])
-            logits = self.decode(self.embed(filled_up(tiles[group])), filled_up(boxes[group])).float()
+            logits = self.decode(self.embed(filled_up(tiles[group])), filled_up(boxes[group])).float() - self.shift
+            # what fills a canvas up has no number
             found += [(group[0], logits.mean(0))] if alone else list(zip(group, logits, strict=False))
         return found
