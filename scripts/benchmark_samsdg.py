@@ -50,7 +50,7 @@ def in_turn(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 def made_masks(side: int = GRID) -> dict[str, np.ndarray]:
     """Return one mask of each kind: an organ with two islands, as the coarse network makes them, and noise."""
-    rows, columns = np.ogrid[:side, :side] / np.float64(side)
+    rows, columns = (places / side for places in np.ogrid[:side, :side])
     organ = ((rows - 0.5) / 0.18) ** 2 + ((columns - 0.48) / 0.22) ** 2 < 1
     for row, column in ((0.2, 0.3), (0.8, 0.75)):
         organ |= (rows - row) ** 2 + (columns - column) ** 2 < 0.03**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ from nnunet_dgplugins.methods.samsdg.segmenter import CoarseSegmenter, SAMSDGSeg
 
 SIZES = SimpleNamespace(embed_dim=24, prompt_dim=32, decoder_mlp_dim=48, decoder_num_heads=4, iou_head_hidden=32)
 GRID, CANVAS, TILE, COARSE = 4, 64, 32, 64
+# these slices stand for whole patches
+pytestmark = pytest.mark.filterwarnings("ignore:A slice fills")
 
 
 class Encoder(nn.Module):
@@ -68,13 +71,6 @@ def slices(count: int = 3, height: int = 30, width: int = 26, channels: int = 1)
 
 def padded(x: torch.Tensor, rows: tuple[int, int] = (5, 9), columns: tuple[int, int] = (11, 3)) -> torch.Tensor:
     return nn.functional.pad(x, (*columns, *rows))
-
-
-def dark(count: int = 1, height: int = 30, width: int = 26) -> torch.Tensor:
-    """Slices without a bright blob: two grey values, of which equalisation makes nothing brighter than the rule."""
-    x = torch.ones(count, 1, height, width)
-    x[:, :, ::2] = 2
-    return x
 
 
 class Never(nn.Module):
@@ -317,6 +313,15 @@ def test_a_constant_slice_is_black_and_stays_finite():
     assert image.shape == (3, 9, 9)
     assert (image == 0).all()
     assert torch.isfinite(network()(torch.full((1, 1, 9, 9), 2.0))).all()
+
+
+def test_slices_that_may_be_cut_into_tiles_are_warned_about_once():
+    net, x = network(), slices(1)
+    with pytest.warns(UserWarning, match="A slice fills the whole patch"):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(x), network()(padded(x))
 
 
 def test_an_unknown_policy_is_refused():

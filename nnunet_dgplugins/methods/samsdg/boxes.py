@@ -117,13 +117,14 @@ def mask_boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def component_boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the boxes around the largest components of masks (N, H, W); as :func:`mask_boxes`."""
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    found = np.zeros(len(masks), dtype=bool)
-    for index, mask in enumerate(masks):
-        if part := _largest(mask):
-            kept, top, left = part
-            (box,), (found[index],) = mask_boxes(kept[None])
-            boxes[index] = np.add(box, (left, top, left, top))
+    boxes, found = mask_boxes(masks)
+    for index in np.flatnonzero(found):
+        left, top, right, bottom = boxes[index].astype(int)
+        labels, count = ndimage.label(masks[index, top : bottom + 1, left : right + 1])
+        if count > 1:
+            kept = _largest(labels)
+            rows, columns = np.flatnonzero(kept.any(1)), np.flatnonzero(kept.any(0))
+            boxes[index] = (left + columns[0], top + rows[0], left + columns[-1], top + rows[-1])
     return boxes, found
 
 
@@ -132,25 +133,16 @@ def filter_mask(mask: np.ndarray) -> np.ndarray:
 
     Pixels that touch at a corner only are not connected.
     """
-    kept = np.zeros(mask.shape, dtype=bool)
-    if part := _largest(mask):
-        inside, top, left = part
-        kept[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    return kept
+    labels, count = ndimage.label(mask)
+    return _largest(labels) if count else np.zeros(mask.shape, dtype=bool)
 
 
-def _largest(mask: np.ndarray) -> tuple[np.ndarray, int, int] | None:
-    """Return the largest components within the box around the mask, and that box's top and left; None if empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    top, left = int(rows[0]), int(columns[0])
-    labels, count = ndimage.label(mask[top : rows[-1] + 1, left : columns[-1] + 1])
-    if count == 1:
-        return labels > 0, top, left
+def _largest(labels: np.ndarray) -> np.ndarray:
+    """Return where the largest components are, given each pixel's number, 0 outside."""
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return (sizes == sizes.max())[labels], top, left
+    kept: np.ndarray = (sizes == sizes.max())[labels]
+    return kept
 
 
 def draw_jitter(shape: tuple[int, ...], generator: np.random.Generator, largest: int = JITTER) -> np.ndarray:

@@ -80,7 +80,8 @@ class SliceNetwork(nn.Module):
         if logits is None:
             found = torch.full((num_classes, *size), CLOSED, device=x.device)
         else:
-            found = from_canvas(logits.clamp(CLOSED, -CLOSED), box, size, CLOSED, self.field)
+            found = from_canvas(logits, box, size, CLOSED, self.field).clamp(CLOSED, -CLOSED)
+            found[(logits == CLOSED).flatten(1).all(1)] = CLOSED  # resizing rounds
         return torch.cat([torch.zeros_like(found[:1]), found]) if self.background else found
 
 
@@ -294,14 +295,14 @@ class SAMSDGSegmenter(SliceNetwork):
                 masks[shown[place]] = torch.where(present[place][:, None, None], logits, CLOSED)
                 sure = expected_dice(logits[None])[0]
                 confidence[shown[place]] = torch.where(present[place], sure, torch.ones_like(sure))
-        logits = [
+        back = [
             self._on_slice(masks.get(index), content[index], item, self.num_classes) for index, item in enumerate(x)
         ]
-        return torch.stack(logits), confidence
+        return torch.stack(back), confidence
 
     def _asked(self, tiles: Tensor, boxes: Tensor, wanted: Sequence[int], alone: bool) -> list[tuple[int, Tensor]]:
         """Return the wanted tiles' numbers, each with its logits (K, S / 2, S / 2), above 0 where a class wins."""
-        found = []
+        found: list[tuple[int, Tensor]] = []
         for start in range(0, len(wanted), 1 if alone else TILES):
             group = list(wanted[start : start + (1 if alone else TILES)])
             logits = self.decode(self.embed(filled_up(tiles[group])), filled_up(boxes[group])).float() - self.shift
