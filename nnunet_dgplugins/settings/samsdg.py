@@ -13,8 +13,8 @@ class _SAMSDGShared(TrainingSettings):
 
     channels: tuple[int, ...] | None = setting(
         None,
-        "Input channels that are shown: one (as grey) or three (published: the slices z-1, z, z+1); null: the first "
-        "three if there are three, else channel 0.",
+        "Input channels that are shown: one (as grey) or three (published: the slices z-1, z, z+1); null: three if "
+        "the dataset's channel names say so (neighbouring slices, or R, G, B), else channel 0.",
     )
     field_of_view: str = setting(
         "slice",
@@ -30,16 +30,6 @@ class _SAMSDGShared(TrainingSettings):
         "foreground: slices with organ alone (published).",
         "released data",
         choices=("all", "foreground"),
-    )
-    augmentation: str = setting(
-        "none",
-        "none (published). location_scale: other intensities, one curve per class. saliency: those where the loss does "
-        "not look, one curve for the whole image elsewhere, at twice the passes.",
-        "released code holds the other two and never calls them; SLAug (AAAI 2023)",
-        choices=("none", "location_scale", "saliency"),
-    )
-    saliency_grid: int = setting(
-        3, "Cells per side of the saliency map; SLAug: 3 for abdomen, 18 for heart.", "SLAug", minimum=1
     )
 
 
@@ -71,6 +61,16 @@ class SAMSDGCoarseSettings(_SAMSDGShared):
         "does with MONAI 1.3 and later.",
         "released scripts",
         choices=("dice_bce", "double_sigmoid"),
+    )
+    augmentation: str = setting(
+        "none",
+        "none (published). location_scale: other intensities, one curve per slice or one per class. "
+        "saliency: one per class where the loss does not look, one for all elsewhere, at twice the passes.",
+        "released code holds the other two and never calls them; SLAug (AAAI 2023)",
+        choices=("none", "location_scale", "saliency"),
+    )
+    saliency_grid: int = setting(
+        3, "Cells per side of the saliency map; SLAug: 3 for abdomen, 18 for heart.", "SLAug", minimum=1
     )
     threshold: float = setting(
         0.5,
@@ -117,6 +117,13 @@ class SAMSDGSettings(_SAMSDGShared):
         "code also does so at test time.",
         "released code",
         minimum=0,
+    )
+    augmentation: str = setting(
+        "none",
+        "none (published). location_scale: other intensities, one curve per slice or one per class; "
+        "the encoder runs in every step. saliency needs gradients through the encoder and is step 1's alone.",
+        "released code holds it and never calls it; SLAug (AAAI 2023)",
+        choices=("none", "location_scale"),
     )
     empty: str = setting(
         "background",

@@ -22,10 +22,6 @@ def images_and_masks(batch: int = 3, channels: int = 1, seed: int = 0) -> tuple[
     return images, masks
 
 
-def part(draw: CurveDraw, rows: slice) -> CurveDraw:
-    return CurveDraw(*(getattr(draw, name)[rows] for name in ("control", "falling", "scale", "location")))
-
-
 def test_draws_repeat_with_their_seed_and_have_the_published_spread():
     first, second = (draw_curves(4000, 2, np.random.default_rng(0)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -82,9 +78,19 @@ def test_a_batch_is_augmented_like_its_images_one_by_one():
     whole, local = draw_curves(3, 2, np.random.default_rng(4))
     for index in range(3):
         own = slice(index, index + 1)
-        assert torch.equal(global_version(images, whole)[own], global_version(images[own], part(whole, own)))
-        alone = local_version(images[own], masks[own], part(local, own))
+        assert torch.equal(global_version(images, whole)[own], global_version(images[own], whole.of(own)))
+        alone = local_version(images[own], masks[own], local.of(own))
         assert torch.equal(local_version(images, masks, local)[own], alone)
+
+
+def test_each_image_is_shown_in_the_version_that_was_drawn_for_it():
+    images, masks = images_and_masks()
+    draws = draw_curves(3, 2, np.random.default_rng(8))
+    whole, local = global_version(images, draws[0]), local_version(images, masks, draws[1])
+    for chosen in ([True, False, True], [True] * 3, [False] * 3):
+        found = location_scale.either_version(images, masks, draws, np.array(chosen))
+        expected = [local[index] if is_local else whole[index] for index, is_local in enumerate(chosen)]
+        assert torch.equal(found, torch.stack(expected))
 
 
 def test_a_class_that_is_not_there_changes_nothing():

@@ -41,6 +41,10 @@ class CurveDraw:
     scale: np.ndarray
     location: np.ndarray
 
+    def of(self, images: np.ndarray | slice) -> CurveDraw:
+        """Return the draw of some of the images, given by their numbers, by True, or as a slice."""
+        return CurveDraw(self.control[images], self.falling[images], self.scale[images], self.location[images])
+
 
 def draw_curves(images: int, num_classes: int, generator: np.random.Generator) -> tuple[CurveDraw, CurveDraw]:
     """Draw for :func:`global_version` (one region) and :func:`local_version` (background, then each class)."""
@@ -79,6 +83,29 @@ def local_version(images: Tensor, masks: Tensor, draw: CurveDraw) -> Tensor:
     regions = torch.cat([~classes.any(1, keepdim=True), classes & ~later], 1)
     found = _by_region(images, regions[:, :, None], draw).float()
     return torch.where(images <= BACKGROUND_THRESHOLD, images.float(), found)
+
+
+def either_version(
+    images: Tensor, masks: Tensor, draws: tuple[CurveDraw, CurveDraw], local: np.ndarray | Tensor
+) -> Tensor:
+    """Return each image in its global or its local version: the augmentation without saliency.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        masks: (B, K, H, W), see :func:`local_version`.
+        draws: of :func:`draw_curves`, for all images.
+        local: (B,) bool, which version; SLAug shows both alike.
+    """
+    whole, by_class = draws
+    chosen = torch.as_tensor(local, dtype=torch.bool)
+    result = images.float().clone()
+    if chosen.any():
+        here = chosen.to(images.device)
+        result[here] = local_version(images[here], masks[here], by_class.of(chosen.numpy()))
+    if not chosen.all():
+        here = ~chosen.to(images.device)
+        result[here] = global_version(images[here], whole.of(~chosen.numpy()))
+    return result
 
 
 def curved(values: Tensor, inside: Tensor, control: Tensor, falling: Tensor, points: int = POINTS) -> Tensor:
