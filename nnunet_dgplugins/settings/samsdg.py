@@ -88,6 +88,13 @@ class SAMSDGSettings(_SAMSDGShared):
     epochs: int = setting(200, "Passes over all slices of the fold.", "section 4.1", minimum=1)
     batch_size: int | None = setting(16, "Slices per step, a multiple of 4.", "section 4.1", minimum=4)
     initial_lr: float = setting(1e-4, "Adam's constant learning rate.", "section 4.1", minimum=0)
+    groupings: int | None = setting(
+        None,
+        "How often the slices are put together to canvases anew. null: every epoch (published), the encoder runs "
+        "in each step. n: n groupings are drawn once and take turns, so that their embeddings can be kept.",
+        "released scripts",
+        minimum=1,
+    )
     weight_decay: float = setting(1e-3, "Adam's L2 term, on what is truly trained alone.", "released code", minimum=0)
     sam: str = setting(
         "auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from samsdg_published import swapped_on_canvas
@@ -12,7 +13,7 @@ from samsdg_published import swapped_on_canvas
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 from nnunet_dgplugins.methods.samsdg.boxes import mask_boxes
-from nnunet_dgplugins.methods.samsdg.canvas import filled_up, merge, on_canvas, unmerge
+from nnunet_dgplugins.methods.samsdg.canvas import draw_canvases, filled_up, merge, on_canvas, unmerge
 from nnunet_dgplugins.methods.samsdg.decoder import (
     BoxDecoder,
     build_mask_decoder,
@@ -80,6 +81,15 @@ def test_a_canvas_that_is_not_full_repeats_its_last_slice(count, expected):
     assert len(found) == expected
     assert torch.equal(found[:count], slices)
     assert all(torch.equal(item, slices[-1]) for item in found[count:])
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 23])
+def test_every_slice_has_its_place_on_a_canvas_in_every_pass(count):
+    first, second = (draw_canvases(count, np.random.default_rng(seed)) for seed in (0, 0))
+    assert first.shape == (-(-count // 4), 4)
+    assert set(first.ravel()) == set(range(count))
+    np.testing.assert_array_equal(first, second)
+    assert count < 6 or not np.array_equal(first, draw_canvases(count, np.random.default_rng(1)))
 
 
 # decoder

@@ -195,7 +195,7 @@ def test_slices_without_a_box_take_no_place_on_a_canvas():
 
     def without_the_second(images):
         boxes, found = plain(images)
-        found[1] = False
+        found[1:2] = False  # of the first four
         return boxes, found
 
     net.boxes = without_the_second
@@ -252,6 +252,16 @@ def test_boxes_are_found_on_the_coarse_map_and_given_in_pixels_of_the_tile():
         # the blob's rows 4 + 2i to 9 + 2i of 30 and columns 6 to 12 of 26, within a pixel
         expected = torch.tensor([6 / 26, (4 + 2 * index) / 30, 12 / 26, (9 + 2 * index) / 30]) * TILE
         torch.testing.assert_close(box, expected, atol=1.5, rtol=0)
+
+
+def test_boxes_do_not_move_with_mixed_precision():
+    net = network()
+    net.coarse = nn.Conv2d(3, 1, 9, padding=4).requires_grad_(False)
+    images = net.tiles(slices(2))[1]
+    plain = net.boxes(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net.coarse(images).dtype == torch.bfloat16
+        assert all(torch.equal(*pair) for pair in zip(net.boxes(images), plain, strict=True))
 
 
 def test_jitter_is_the_same_share_of_a_tile_of_any_size():

@@ -8,6 +8,7 @@ alone.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,3 +45,12 @@ def filled_up(items: Tensor) -> Tensor:
     """Repeat the last item of (B, ...) until four divide their number; the released code drops such a rest."""
     lacking = -len(items) % TILES
     return torch.cat([items, items[-1:].expand(lacking, *items.shape[1:])]) if lacking else items
+
+
+def draw_canvases(slices: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw which slices share a canvas in one pass over all of them: (ceil(slices / 4), 4) of their numbers.
+
+    Every slice occurs; the last canvas is filled up with slices of the first (the released code drops such a rest).
+    """
+    order = generator.permutation(slices)
+    return np.resize(order, (-(-slices // TILES), TILES))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dgplugins.content import CLOSED, Box, Field, content_box, from_canvas, tiled_warning
-from nnunet_dgplugins.methods.sam_parts import expected_dice
+from nnunet_dgplugins.methods.sam_parts import disabled_autocast, expected_dice
 from nnunet_dgplugins.methods.samsdg.boxes import PUBLISHED_SIDE, BoxRule, find_boxes, jittered
 from nnunet_dgplugins.methods.samsdg.canvas import TILES, filled_up, merge, on_canvas
 from nnunet_dgplugins.methods.samsdg.decoder import BoxDecoder
@@ -214,13 +214,11 @@ class SAMSDGSegmenter(SliceNetwork):
         images = [image for image in map(self.seen, x) if image is not None]
         if len(images) != len(x):
             raise ValueError("A slice of zeros has no tile.")
-        sizes = (self.decoder.tile, self.coarse_size)
-        tiles, coarse = (torch.stack([resized(image, size) for image in images]) for size in sizes)
-        return tiles, coarse
+        return _stretched(images, self.decoder.tile), _stretched(images, self.coarse_size)
 
     @torch.no_grad()
     def boxes(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the coarse network for boxes, without jitter.
+        """Ask the coarse network for boxes, without jitter; in float32 always, so that AMP does not move them.
 
         Args:
             images: (B, 3, s, s) in [0, 1], see :meth:`tiles`.
@@ -228,7 +226,8 @@ class SAMSDGSegmenter(SliceNetwork):
         Returns:
             (B, K, 4) in pixels of SAM's tiles, and whether the network found the class at all (B, K) bool.
         """
-        probability = torch.cat([self.coarse(part).float().sigmoid() for part in images.split(_SLICES_AT_A_TIME)])
+        with disabled_autocast(images.device):
+            probability = self.coarse(images.float()).sigmoid()
         boxes, found = find_boxes(probability.flatten(0, 1), self.rule)
         scale = self.decoder.tile / self.coarse_size
         return (boxes * scale).unflatten(0, (-1, self.num_classes)), found.unflatten(0, (-1, self.num_classes))
@@ -287,11 +286,11 @@ class SAMSDGSegmenter(SliceNetwork):
         masks: dict[int, Tensor] = {}
         confidence = torch.ones((len(x), self.num_classes), device=x.device)
         if shown:
-            tiles, images = self.tiles(x[shown])
-            own, found = self.boxes(images) if boxes is None else (boxes[shown], boxes[shown].any(-1))
+            images = [image for image in map(self.seen, x) if image is not None]
+            own, found = self._found(images) if boxes is None else (boxes[shown], boxes[shown].any(-1))
             present = found if self.empty == "background" else torch.ones_like(found)
             wanted = present.any(1).nonzero()[:, 0].tolist()
-            for place, logits in self._asked(tiles, own, wanted, alone):
+            for place, logits in self._asked(images, own, wanted, alone):
                 masks[shown[place]] = torch.where(present[place][:, None, None], logits, CLOSED)
                 sure = expected_dice(logits[None])[0]
                 confidence[shown[place]] = torch.where(present[place], sure, torch.ones_like(sure))
@@ -300,12 +299,25 @@ class SAMSDGSegmenter(SliceNetwork):
         ]
         return torch.stack(back), confidence
 
-    def _asked(self, tiles: Tensor, boxes: Tensor, wanted: Sequence[int], alone: bool) -> list[tuple[int, Tensor]]:
-        """Return the wanted tiles' numbers, each with its logits (K, S / 2, S / 2), above 0 where a class wins."""
+    def _found(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return boxes and whether they were found, of what is seen of slices."""
+        starts = range(0, len(images), _SLICES_AT_A_TIME)
+        parts = [self.boxes(_stretched(images[at : at + _SLICES_AT_A_TIME], self.coarse_size)) for at in starts]
+        return torch.cat([boxes for boxes, _ in parts]), torch.cat([found for _, found in parts])
+
+    def _asked(
+        self, images: Sequence[Tensor], boxes: Tensor, wanted: Sequence[int], alone: bool
+    ) -> list[tuple[int, Tensor]]:
+        """Return the wanted slices' numbers, each with its logits (K, S / 2, S / 2), above 0 where a class wins."""
         found: list[tuple[int, Tensor]] = []
         for start in range(0, len(wanted), 1 if alone else TILES):
             group = list(wanted[start : start + (1 if alone else TILES)])
-            logits = self.decode(self.embed(filled_up(tiles[group])), filled_up(boxes[group])).float() - self.shift
+            tiles = _stretched([images[index] for index in group], self.decoder.tile)
+            logits = self.decode(self.embed(filled_up(tiles)), filled_up(boxes[group])).float() - self.shift
             # what fills a canvas up has no number
             found += [(group[0], logits.mean(0))] if alone else list(zip(group, logits, strict=False))
         return found
+
+
+def _stretched(images: Sequence[Tensor], size: int) -> Tensor:
+    return torch.stack([resized(image, size) for image in images])
