@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -87,44 +88,37 @@ def decoder_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int =
     boxes = on_canvas(corners.flatten(2), decoder.tile)
     target = (torch.rand(TILES * canvases, 1, decoder.tile, decoder.tile) > 0.8).float()
 
-    def step(way: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def step(way: str, folded: bool) -> None:
+        decoder.folded = folded
         optimizer.zero_grad(set_to_none=True)
-        canvas_loss(way(embeddings, boxes), target)["total"].backward()
+        canvas_loss(ask(way), target)["total"].backward()
         optimizer.step()
 
-    def published(embeddings: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    def ask(way: str) -> torch.Tensor:
         parts = zip(embeddings.split(1), boxes.split(TILES), strict=True)
-        return torch.cat([decoder.whole_canvas(*part) for part in parts])
+        return torch.cat([getattr(decoder, way)(*part) for part in parts])
 
-    def published_inference() -> torch.Tensor:
-        with torch.no_grad(), plain_transformer():
-            return published(embeddings, boxes)
-
-    def inference() -> torch.Tensor:
+    def inference(way: str, folded: bool) -> None:
+        decoder.folded = folded
         with torch.no_grad():
-            return decoder(embeddings, boxes)
+            ask(way)
 
     note = f"{canvases} canvases; {torch.get_num_threads()} threads, median of {repeats}, {allocator}"
     rows = []
-    for what, variants in {
-        "training step of the decoder": {"published": lambda: step(published), "ours": lambda: step(decoder)},
-        "inference of the decoder": {"published": published_inference, "ours": inference},
-    }.items():
-        found = in_turn(variants, repeats)
-        theirs, mine = found["published"], found["ours"]
-        rows.append((f"{what}, {model_name}", f"{theirs:.3f} s", f"{mine:.3f} s", f"{theirs / mine:.2f}x", note))
+    for what, work in {"training step of the decoder": step, "inference of the decoder": inference}.items():
+        found = in_turn(
+            {
+                "published": partial(work, "whole_canvas", False),
+                "own tile only": partial(work, "forward", False),
+                "own tile only, folded transformer": partial(work, "forward", True),
+            },
+            repeats,
+        )
+        theirs = found.pop("published")
+        for name, mine in found.items():
+            took, ratio = (f"{theirs:.3f} s", f"{mine:.3f} s"), f"{theirs / mine:.2f}x"
+            rows.append((f"{what}, {model_name}, {name}", *took, ratio, note))
     return rows
-
-
-def plain_transformer():
-    """Return a context in which inference runs SAM's own transformer, not the folded one."""
-    from unittest.mock import patch
-
-    def own_forward(transformer, image, position, tokens):
-        count = len(tokens)
-        return transformer(image.expand(count, -1, -1, -1), position.expand(count, -1, -1, -1), tokens)
-
-    return patch("nnunet_dgplugins.methods.samsdg.decoder.two_way", own_forward)
 
 
 def rows_on_the_cpu() -> list[Row]:

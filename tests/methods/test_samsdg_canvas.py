@@ -26,10 +26,10 @@ from nnunet_dgplugins.methods.samsdg.losses import canvas_loss, coarse_loss
 SIZES = SimpleNamespace(embed_dim=24, prompt_dim=32, decoder_mlp_dim=48, decoder_num_heads=4, iou_head_hidden=32)
 
 
-def decoder_of(num_classes: int = 1, grid: int = 4, canvas: int = 64, seed: int = 0) -> BoxDecoder:
+def decoder_of(num_classes: int = 1, grid: int = 4, canvas: int = 64, seed: int = 0, folded: bool = True) -> BoxDecoder:
     torch.manual_seed(seed)
     prompts = build_prompt_encoder(SIZES.prompt_dim, grid, canvas)
-    return BoxDecoder(prompts, build_mask_decoder(SIZES, num_classes), num_classes)
+    return BoxDecoder(prompts, build_mask_decoder(SIZES, num_classes), num_classes, folded=folded)
 
 
 def asked(canvases: int, decoder: BoxDecoder, grid: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,22 +97,23 @@ def test_every_slice_has_its_place_on_a_canvas_in_every_pass(count):
 
 @pytest.mark.parametrize(("grid", "canvas"), [(4, 64), (8, 32), (6, 96), (2, 32)])
 @pytest.mark.parametrize("num_classes", [1, 3])
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_tile_made_alone_equals_the_tile_cut_from_the_whole_canvas(grid, canvas, num_classes, gradients):
-    decoder = decoder_of(num_classes, grid, canvas)
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_tile_made_alone_equals_the_tile_cut_from_the_whole_canvas(grid, canvas, num_classes, folded):
+    decoder = decoder_of(num_classes, grid, canvas, folded=folded)
     embeddings, boxes = asked(2, decoder, grid)
-    with torch.set_grad_enabled(gradients):
+    with torch.no_grad():
         found, expected = decoder(embeddings, boxes), decoder.whole_canvas(embeddings, boxes)
     assert found.shape == (8, num_classes, canvas // 2, canvas // 2)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
-def test_a_tile_made_alone_trains_like_the_whole_canvas():
+def test_folded_and_in_its_own_tile_a_box_trains_like_sam_on_the_whole_canvas():
     gradients = []
-    for way in ("forward", "whole_canvas"):
-        decoder = decoder_of()
+    for way, folded in (("forward", True), ("whole_canvas", False)):
+        decoder = decoder_of(2, folded=folded)
+        trainable_parameters(decoder.mask_decoder, 2)
         embeddings, boxes = asked(1, decoder)
-        target = (torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(5)) > 0.7).float()
+        target = (torch.rand(4, 2, 32, 32, generator=torch.Generator().manual_seed(5)) > 0.7).float()
         canvas_loss(getattr(decoder, way)(embeddings, boxes), target)["total"].backward()
         gradients.append({name: p.grad for name, p in decoder.mask_decoder.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -148,8 +149,9 @@ def test_a_tile_made_alone_enlarges_a_fraction_of_the_elements(monkeypatch):
     assert own["upscaled"] * 16**2 == whole["upscaled"] * 9**2
 
 
-def test_masks_are_those_of_sams_own_forward():
-    decoder = decoder_of()
+@pytest.mark.parametrize("folded", [True, False])
+def test_masks_are_those_of_sams_own_forward(folded):
+    decoder = decoder_of(folded=folded)
     embeddings, boxes = asked(2, decoder)
     with torch.no_grad():
         found = decoder.low_resolution(embeddings, boxes)

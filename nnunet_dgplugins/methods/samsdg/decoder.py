@@ -37,13 +37,18 @@ class BoxDecoder(nn.Module):
         prompt_encoder: SAM's.
         mask_decoder: SAM's, with ``4 + K - 1`` mask tokens.
         num_classes: K.
+        folded: run SAM's transformer in the form of :mod:`nnunet_dgplugins.methods.two_way`, equal in masks and
+            gradients up to rounding and in a half of the time; False: as SAM does.
     """
 
-    def __init__(self, prompt_encoder: nn.Module, mask_decoder: nn.Module, num_classes: int = 1):
+    def __init__(
+        self, prompt_encoder: nn.Module, mask_decoder: nn.Module, num_classes: int = 1, *, folded: bool = True
+    ):
         super().__init__()
         self.prompt_encoder = prompt_encoder.requires_grad_(False)
         self.mask_decoder: Any = mask_decoder  # SAM's class is imported inside functions only
         self.num_classes = num_classes
+        self.folded = folded
 
     @property
     def canvas(self) -> int:
@@ -69,10 +74,13 @@ class BoxDecoder(nn.Module):
         image = image.unflatten(0, (-1, self.num_classes))
         weights = self._hypernetworks(tokens).unflatten(0, (-1, self.num_classes))
         tiles = []
-        for place in range(TILES):
+        by_place = zip(
+            image.unflatten(0, (-1, TILES)).unbind(1), weights.unflatten(0, (-1, TILES)).unbind(1), strict=True
+        )
+        for place, (shown, weight) in enumerate(by_place):
             (rows, columns), (top, left) = _window(embeddings.shape[-1], *divmod(place, SIDE), self.canvas)
-            maps = self.mask_decoder.output_upscaling(image[place::TILES, :, :, rows, columns].flatten(0, 1))
-            masks = torch.einsum("nc,nchw->nhw", weights[place::TILES].flatten(0, 1), maps)
+            maps = self.mask_decoder.output_upscaling(shown[..., rows, columns].flatten(0, 1))
+            masks = torch.einsum("nc,nchw->nhw", weight.flatten(0, 1), maps)
             size = [side * self.canvas // (_UPSCALED * embeddings.shape[-1]) for side in masks.shape[-2:]]
             large = F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
             own = large[:, top : top + self.tile, left : left + self.tile]
@@ -101,16 +109,16 @@ class BoxDecoder(nn.Module):
         encoded = encode_boxes(self.prompt_encoder, boxes.reshape(-1, 4))
         sparse, dense, position = (part.to(fixed.dtype) for part in encoded)
         tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse], dim=1)
-        if torch.is_grad_enabled():
-            image = embeddings.repeat_interleave(per_canvas, 0) + dense
-            queries, keys = decoder.transformer(image, position.expand(len(image), -1, -1, -1), tokens)
-        else:  # the same function, folded, on the canvas's single copy
+        if self.folded:  # a canvas is never copied per box
             fold = partial(two_way, decoder.transformer)
             found = [
                 fold(canvas[None] + dense, position, own)
                 for canvas, own in zip(embeddings, tokens.split(per_canvas), strict=True)
             ]
             queries, keys = (torch.cat(parts) for parts in zip(*found, strict=True))
+        else:
+            image = embeddings.repeat_interleave(per_canvas, 0) + dense
+            queries, keys = decoder.transformer(image, position.expand(len(image), -1, -1, -1), tokens)
         image = keys.transpose(1, 2).unflatten(2, tuple(embeddings.shape[-2:]))
         classes = torch.arange(self.num_classes, device=queries.device)
         # token 0 is the IoU's
@@ -199,13 +207,15 @@ def load_mask_decoder(decoder: nn.Module, state: Mapping[str, Tensor]) -> None:
 def untrained_names(decoder: nn.Module, num_classes: int = 1) -> list[str]:
     """Return the decoder's parameters that no gradient reaches: the IoU head and hypernetworks of no class.
 
-    The released code hands them to Adam, whose weight decay then shrinks the hypernetworks towards 0.
+    The released code hands them to Adam, whose weight decay then shrinks the hypernetworks towards 0. So it is with the
+    biases of attention keys: they add the same to all scores of a query, which softmax ignores.
     """
     read = {f"output_hypernetworks_mlps.{index}." for index in class_tokens(num_classes)}
     return [
         name
         for name, _ in decoder.named_parameters()
         if name.startswith("iou_prediction_head.")
+        or name.endswith("k_proj.bias")
         or (name.startswith("output_hypernetworks_mlps.") and not name.startswith(tuple(read)))
     ]
 
