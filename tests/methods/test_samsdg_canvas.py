@@ -177,6 +177,19 @@ def test_canvases_of_a_batch_do_not_see_each_other():
         torch.testing.assert_close(together[4 * index : 4 * index + 4], alone, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("folded", [True, False])
+def test_mixed_precision_gives_nearly_the_same_masks_and_trains(folded):
+    decoder = decoder_of(2, folded=folded)
+    trained = trainable_parameters(decoder.mask_decoder, 2)
+    embeddings, boxes = asked(1, decoder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decoder(embeddings, boxes)
+    plain = decoder(embeddings, boxes).detach()
+    torch.testing.assert_close(found.float(), plain, atol=0.05 * plain.abs().max().item(), rtol=0)
+    canvas_loss(found, torch.ones(4, 2, 32, 32))["total"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_gradients_reach_the_trained_part_of_the_decoder_and_nothing_else(num_classes):
     decoder = decoder_of(num_classes)

@@ -16,7 +16,6 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.safe_loading import Loaded, load_matching, read_state_dict
 
 DROPOUT = 0.1
-CHANNELS = 3
 _BACKBONE = "backbone."
 # the released network has one level more around its head
 _RELEASED_HEAD, _HEAD = "classifier.classifier.", "classifier."
