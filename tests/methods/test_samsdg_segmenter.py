@@ -172,7 +172,8 @@ def test_where_the_coarse_network_finds_nothing_all_is_background_and_sam_is_not
     net.coarse = Never()
     logits, confidence = getattr(net, way)(slices(5))
     assert (logits[:, 1] == CLOSED).all()
-    assert (confidence == 1).all()
+    # as sure as its highest probability is low
+    torch.testing.assert_close(confidence, 1 - torch.full((5, 1), -9.0).sigmoid())
     assert not net.image_encoder.shown
 
 
@@ -191,14 +192,14 @@ def test_as_published_it_is_asked_with_the_whole_tile(way, monkeypatch):
 
 def test_slices_without_a_box_take_no_place_on_a_canvas():
     net, x = network(), slices(5)
-    plain = net.boxes
+    plain = net.prompts
 
     def without_the_second(images):
-        boxes, found = plain(images)
-        found[1:2] = False  # of the first four
-        return boxes, found
+        asked = plain(images)
+        asked.found[1:2] = False  # of the first four
+        return asked
 
-    net.boxes = without_the_second
+    net.prompts = without_the_second
     logits, _ = net.segment_four(x)
     (canvas,) = net.image_encoder.shown
     assert torch.equal(canvas, merge(net.tiles(x[[0, 2, 3, 4]])[0]))
@@ -223,31 +224,31 @@ def test_a_slice_of_zeros_is_background_for_sure():
 def test_every_class_has_its_own_box_and_may_be_missing_alone():
     net, x = network(3), slices(4)
     _, images = net.tiles(x)
-    boxes, found = net.boxes(images)
+    boxes, found, _ = net.prompts(images)
     assert boxes.shape == (4, 3, 4)
     assert found.all()
     assert not torch.equal(boxes[:, 0], boxes[:, 1])
-    plain = net.boxes
+    plain = net.prompts
 
     def without_class_2(images):
-        boxes, found = plain(images)
-        found[:, 1] = False
-        return boxes, found
+        asked = plain(images)
+        asked.found[:, 1], asked.peak[:, 1] = False, 0.25
+        return asked
 
-    net.boxes = without_class_2
+    net.prompts = without_class_2
     logits, confidence = net.segment(x)
     assert logits.shape[1] == 4
     assert (logits[:, 2] == CLOSED).all()
-    assert (confidence[:, 1] == 1).all()
+    assert (confidence[:, 1] == 0.75).all()
     assert (logits[:, [1, 3]] > CLOSED).all()
 
 
 def test_boxes_are_found_on_the_coarse_map_and_given_in_pixels_of_the_tile():
     net = network(rule=BoxRule("tile"))
     x = slices(2)
-    boxes, _ = net.boxes(net.tiles(x)[1])
+    boxes = net.prompts(net.tiles(x)[1]).boxes
     assert boxes.tolist() == [[[0, 0, TILE, TILE]]] * 2
-    boxes, _ = network().boxes(net.tiles(x)[1])
+    boxes = network().prompts(net.tiles(x)[1]).boxes
     for index, box in enumerate(boxes[:, 0]):
         # the blob's rows 4 + 2i to 9 + 2i of 30 and columns 6 to 12 of 26, within a pixel
         expected = torch.tensor([6 / 26, (4 + 2 * index) / 30, 12 / 26, (9 + 2 * index) / 30]) * TILE
@@ -258,10 +259,10 @@ def test_boxes_do_not_move_with_mixed_precision():
     net = network()
     net.coarse = nn.Conv2d(3, 1, 9, padding=4).requires_grad_(False)
     images = net.tiles(slices(2))[1]
-    plain = net.boxes(images)
+    plain = net.prompts(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert net.coarse(images).dtype == torch.bfloat16
-        assert all(torch.equal(*pair) for pair in zip(net.boxes(images), plain, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(net.prompts(images), plain, strict=True))
 
 
 def test_jitter_is_the_same_share_of_a_tile_of_any_size():
@@ -350,7 +351,7 @@ def test_only_the_mask_decoder_trains_and_step_1_keeps_its_batch_statistics():
     assert not net.coarse.training
     assert not net.image_encoder.training
     tiles, images = net.tiles(x)
-    boxes, _ = net.boxes(images)
+    boxes = net.prompts(images).boxes
     net.decode(net.embed(tiles), boxes).sum().backward()
     trained = {name for name, p in net.named_parameters() if p.grad is not None}
     assert trained

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,20 @@ from nnunet_dgplugins.methods.samsdg.preprocess import CHANNELS, resized, seen
 EMPTY = ("background", "full_box")
 _HASH_BYTES = 32
 _SLICES_AT_A_TIME = 4  # of the coarse network
+
+
+class Prompts(NamedTuple):
+    """What the coarse network says of B slices and K classes.
+
+    Args:
+        boxes: (B, K, 4) in pixels of SAM's tiles; where nothing was found, as the rule says.
+        found: (B, K) bool, whether it found the class at all.
+        peak: (B, K) its highest probability.
+    """
+
+    boxes: Tensor
+    found: Tensor
+    peak: Tensor
 
 
 class SliceNetwork(nn.Module):
@@ -217,20 +231,18 @@ class SAMSDGSegmenter(SliceNetwork):
         return _stretched(images, self.decoder.tile), _stretched(images, self.coarse_size)
 
     @torch.no_grad()
-    def boxes(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def prompts(self, images: Tensor) -> Prompts:
         """Ask the coarse network for boxes, without jitter; in float32 always, so that AMP does not move them.
 
         Args:
             images: (B, 3, s, s) in [0, 1], see :meth:`tiles`.
-
-        Returns:
-            (B, K, 4) in pixels of SAM's tiles, and whether the network found the class at all (B, K) bool.
         """
         with disabled_autocast(images.device):
             probability = self.coarse(images.float()).sigmoid()
         boxes, found = find_boxes(probability.flatten(0, 1), self.rule)
         scale = self.decoder.tile / self.coarse_size
-        return (boxes * scale).unflatten(0, (-1, self.num_classes)), found.unflatten(0, (-1, self.num_classes))
+        shape = (-1, self.num_classes)
+        return Prompts((boxes * scale).unflatten(0, shape), found.unflatten(0, shape), probability.amax((2, 3)))
 
     def with_jitter(self, boxes: Tensor, draw: np.ndarray) -> Tensor:
         """Return boxes (B, K, 4) of tiles with their edges moved as drawn (:func:`~.boxes.draw_jitter`), in training.
@@ -260,8 +272,8 @@ class SAMSDGSegmenter(SliceNetwork):
             x: (B, C, H, W) as nnU-Net preprocessed them, zero-padded or not.
 
         Returns:
-            Logits (B, heads, H, W), finite, and the Dice that each mask expects of itself (B, K); 1 where the coarse
-            network finds nothing with ``empty="background"``, and for a slice that is zero everywhere.
+            Logits (B, heads, H, W), finite, and the Dice that each mask expects of itself (B, K); where the coarse
+            network finds nothing with ``empty="background"``, 1 minus its highest probability; 1 for a slice of zeros.
         """
         found = [self._segmented(item[None], alone=True) for item in x]
         return torch.cat([logits for logits, _ in found]), torch.cat([confidence for _, confidence in found])
@@ -287,23 +299,24 @@ class SAMSDGSegmenter(SliceNetwork):
         confidence = torch.ones((len(x), self.num_classes), device=x.device)
         if shown:
             images = [image for image in map(self.seen, x) if image is not None]
-            own, found = self._found(images) if boxes is None else (boxes[shown], boxes[shown].any(-1))
-            present = found if self.empty == "background" else torch.ones_like(found)
+            prompts = self._prompts(images) if boxes is None else _given(boxes[shown])
+            present = prompts.found if self.empty == "background" else torch.ones_like(prompts.found)
+            confidence[shown] = 1 - prompts.peak
             wanted = present.any(1).nonzero()[:, 0].tolist()
-            for place, logits in self._asked(images, own, wanted, alone):
+            for place, logits in self._asked(images, prompts.boxes, wanted, alone):
                 masks[shown[place]] = torch.where(present[place][:, None, None], logits, CLOSED)
                 sure = expected_dice(logits[None])[0]
-                confidence[shown[place]] = torch.where(present[place], sure, torch.ones_like(sure))
+                confidence[shown[place]] = torch.where(present[place], sure, confidence[shown[place]])
         back = [
             self._on_slice(masks.get(index), content[index], item, self.num_classes) for index, item in enumerate(x)
         ]
         return torch.stack(back), confidence
 
-    def _found(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return boxes and whether they were found, of what is seen of slices."""
+    def _prompts(self, images: Sequence[Tensor]) -> Prompts:
+        """Return the coarse network's prompts of what is seen of slices."""
         starts = range(0, len(images), _SLICES_AT_A_TIME)
-        parts = [self.boxes(_stretched(images[at : at + _SLICES_AT_A_TIME], self.coarse_size)) for at in starts]
-        return torch.cat([boxes for boxes, _ in parts]), torch.cat([found for _, found in parts])
+        parts = [self.prompts(_stretched(images[at : at + _SLICES_AT_A_TIME], self.coarse_size)) for at in starts]
+        return Prompts(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _asked(
         self, images: Sequence[Tensor], boxes: Tensor, wanted: Sequence[int], alone: bool
@@ -321,3 +334,7 @@ class SAMSDGSegmenter(SliceNetwork):
 
 def _stretched(images: Sequence[Tensor], size: int) -> Tensor:
     return torch.stack([resized(image, size) for image in images])
+
+
+def _given(boxes: Tensor) -> Prompts:
+    return Prompts(boxes, boxes.any(-1), torch.zeros_like(boxes[..., 0]))
