@@ -1,4 +1,4 @@
-"""The part of a slice that shows something.
+"""The part of a slice that shows something, and the way back to the slice.
 
 nnU-Net's predictor pads a slice with exact zeros up to its patch size. Networks that need whole slices look only at the
 box of non-zero pixels, in training, embedding and prediction alike, so padding never changes a bit of the result.
@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional as F
 
 Box = tuple[int, int, int, int]
 Field = tuple[int, int]
+#: logit of everything that is not there; finite, because nnU-Net sums tiles in half precision
+CLOSED = -50.0
 
 
 def content_box(x: torch.Tensor) -> Box | None:
@@ -42,6 +45,37 @@ def margins(height: int, width: int, field: Field | None) -> tuple[int, int, int
     """Return how far the field reaches beyond content of this size: (left, right, top, bottom), none negative."""
     rows, columns = (max(0, f - have) for f, have in zip(field or (0, 0), (height, width), strict=True))
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
+
+
+def from_canvas(
+    logits: torch.Tensor,
+    box: Box | None,
+    size: tuple[int, int],
+    closed: float = CLOSED,
+    field: Field | None = None,
+) -> torch.Tensor:
+    """Bring mask logits back to the slice.
+
+    Args:
+        logits: (K, h, w) on the canvas.
+        box: what :func:`content_box` said of the slice.
+        size: (H, W) of the slice.
+        closed: value outside the box, and everywhere without a box; finite, because nnU-Net sums in half precision.
+        field: as for :func:`margins`; what lies around the content is cut off again.
+
+    Returns:
+        (K, H, W), bilinear inside the box.
+    """
+    full = logits.new_full((logits.shape[0], *size), closed)
+    if box is None:
+        return full
+    top, bottom, left, right = box
+    height, width = bottom - top, right - left
+    before, after, above, below = margins(height, width, field)
+    shown = (above + height + below, before + width + after)
+    inside = F.interpolate(logits[None], size=shown, mode="bilinear", align_corners=False)[0]
+    full[:, top:bottom, left:right] = inside[:, above : above + height, before : before + width]
+    return full
 
 
 def tiled_warning(boxes: Sequence[Box | None], size: tuple[int, int]) -> str | None:

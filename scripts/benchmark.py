@@ -1,7 +1,8 @@
 """Measures what the documentation claims and writes docs/benchmarks.md.
 
     python scripts/benchmark.py                 everything this machine can do (vit_b on the CPU takes minutes)
-    python scripts/benchmark.py --only startup  one of startup, steps, encoder, store, grid, epl, equivariant, dcam, gpu
+    python scripts/benchmark.py --only startup  one section: startup, steps, encoder, store, grid, epl, equivariant,
+                                                dcam, samsdg, gpu
     python scripts/benchmark.py --only gpu --json rows.json     where only the numbers can be carried away
 
 Every number is a median; what is compared runs in turn, in one process, with the same threads. Sections replace their
@@ -34,6 +35,7 @@ TITLES = {
     "epl": "EPL: Fourier mixing and training step on the CPU",
     "equivariant": "Equivariant CAMs: training step and export of maps on the CPU",
     "dcam": "D-CAM: training steps and pseudo masks on the CPU",
+    "samsdg": "SAM-SDG: search of components, training step and inference of the decoder on the CPU",
     "gpu": "GPU",
 }
 
@@ -112,7 +114,8 @@ def training_step(model_name: str, prompt: str, batch: int, device):
 
     from nnunet_dgplugins.methods.desam.head import DeSAMHead
     from nnunet_dgplugins.methods.desam.losses import desam_loss
-    from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, trainable_parameters
+    from nnunet_dgplugins.methods.desam.network import build_decoder, trainable_parameters
+    from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
     from nnunet_dgplugins.sam.models import MODELS
 
     torch.manual_seed(0)
@@ -233,6 +236,11 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
 
         return benchmark_dcam.rows_on_the_cpu()
 
+    def samsdg() -> list[Row]:
+        import benchmark_samsdg
+
+        return benchmark_samsdg.rows_on_the_cpu()
+
     def gpu() -> list[Row]:
         import benchmark_dcam
         import benchmark_epl
@@ -250,6 +258,7 @@ def sections() -> dict[str, Callable[[], list[Row]]]:
         "epl": epl,
         "equivariant": equivariant,
         "dcam": dcam,
+        "samsdg": samsdg,
         "gpu": gpu,
     }
 

@@ -20,9 +20,10 @@ import torch
 
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
 from nnunet_dgplugins.methods.desam.grid import predict_grid
-from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder
+from nnunet_dgplugins.methods.desam.network import build_decoder
 from nnunet_dgplugins.methods.desam.prompts import EncodedPrompts, encode_points, grid_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule, select_masks
+from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 from nnunet_dgplugins.sam.models import MODELS
 from nnunet_dgplugins.system import keep_freed_memory
 

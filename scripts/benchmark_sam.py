@@ -300,7 +300,8 @@ def mask_rows(model_name: str = "vit_tiny", steps: int = 120, slices: int = 8) -
     from nnunet_dgplugins.content import content_box
     from nnunet_dgplugins.methods.desam.head import DeSAMHead
     from nnunet_dgplugins.methods.desam.losses import desam_loss
-    from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, trainable_parameters
+    from nnunet_dgplugins.methods.desam.network import build_decoder, trainable_parameters
+    from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
     from nnunet_dgplugins.sam.preprocess import resize_target
 
     keep_freed_memory()

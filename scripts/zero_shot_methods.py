@@ -11,9 +11,9 @@ import torch
 from scipy import ndimage
 from zero_shot_data import Image, Mask, largest_part
 
-from nnunet_dgplugins.content import Box, content_box
+from nnunet_dgplugins.content import Box, content_box, from_canvas
 from nnunet_dgplugins.sam.models import SamModel
-from nnunet_dgplugins.sam.preprocess import from_canvas, to_canvas
+from nnunet_dgplugins.sam.preprocess import to_canvas
 
 # out of 0.03..0.3 and 1/8..1/128 those that did best on the very images of the evaluation, which flatters the rules
 GROWING_TOLERANCE = 0.05  # of the slice's range between its 1 and 99 percentile

@@ -82,37 +82,6 @@ def _percentiles(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return found[0], found[1]
 
 
-def from_canvas(
-    logits: torch.Tensor,
-    box: Box | None,
-    size: tuple[int, int],
-    closed: float = -50.0,
-    field: Field | None = None,
-) -> torch.Tensor:
-    """Bring mask logits back to the slice.
-
-    Args:
-        logits: (K, h, w) on the canvas.
-        box: what :func:`content_box` said of the slice.
-        size: (H, W) of the slice.
-        closed: value outside the box, and everywhere without a box; finite, because nnU-Net sums in half precision.
-        field: as for :func:`to_canvas`; what lies around the content is cut off again.
-
-    Returns:
-        (K, H, W), bilinear inside the box.
-    """
-    full = logits.new_full((logits.shape[0], *size), closed)
-    if box is None:
-        return full
-    top, bottom, left, right = box
-    height, width = bottom - top, right - left
-    before, after, above, below = margins(height, width, field)
-    shown = (above + height + below, before + width + after)
-    inside = F.interpolate(logits[None], size=shown, mode="bilinear", align_corners=False)[0]
-    full[:, top:bottom, left:right] = inside[:, above : above + height, before : before + width]
-    return full
-
-
 def resize_target(target: torch.Tensor, box: Box | None, size: int, field: Field | None = None) -> torch.Tensor:
     """Bring a target slice onto the mask that the decoder writes, by nearest pixel centres.
 

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nnunet_dgplugins.content import Field, content_box, tiled_warning
+from nnunet_dgplugins.content import CLOSED, Field, content_box, from_canvas, tiled_warning
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import SamModel
-from nnunet_dgplugins.sam.preprocess import from_canvas, to_canvas
-
-#: logit of everything that is not there; finite, because nnU-Net sums tiles in half precision
-CLOSED = -50.0
+from nnunet_dgplugins.sam.preprocess import to_canvas
 
 
 class SliceSegmenter(nn.Module):

@@ -18,14 +18,10 @@ from nnunet_dgplugins.data.loaders import LoadBatch, SliceLoader
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.losses import desam_loss
-from nnunet_dgplugins.methods.desam.network import (
-    build_decoder,
-    build_prompt_encoder,
-    load_decoder,
-    trainable_parameters,
-)
+from nnunet_dgplugins.methods.desam.network import build_decoder, load_decoder, trainable_parameters
 from nnunet_dgplugins.methods.desam.prompts import fixed_points, sample_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
+from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 from nnunet_dgplugins.sam.batches import AugmentedBatches, StoredBatches
 from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder

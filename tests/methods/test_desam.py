@@ -13,14 +13,9 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam import losses, prompts
 from nnunet_dgplugins.methods.desam.blocks import ResSE
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
-from nnunet_dgplugins.methods.desam.network import (
-    build_decoder,
-    build_prompt_encoder,
-    load_decoder,
-    trainable_parameters,
-    untrained_names,
-)
+from nnunet_dgplugins.methods.desam.network import build_decoder, load_decoder, trainable_parameters, untrained_names
 from nnunet_dgplugins.methods.desam.preprocess import preprocess_volume
+from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 
 TINY = SimpleNamespace(embed_dim=24, prompt_dim=64, decoder_mlp_dim=32, decoder_num_heads=4, iou_head_hidden=32)
 VIT_H = SimpleNamespace(embed_dim=1280, prompt_dim=256, decoder_mlp_dim=2048, decoder_num_heads=8, iou_head_hidden=256)

@@ -10,7 +10,8 @@ import torch
 
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.checkpoint import num_classes, read_official, sam_size
-from nnunet_dgplugins.methods.desam.network import build_decoder, build_prompt_encoder, load_decoder
+from nnunet_dgplugins.methods.desam.network import build_decoder, load_decoder
+from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 
 SIZES = SimpleNamespace(embed_dim=768, prompt_dim=64, decoder_mlp_dim=32, decoder_num_heads=4, iou_head_hidden=32)
 

@@ -10,8 +10,8 @@ from nnunet_dgplugins.methods.desam import prompts
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
 from nnunet_dgplugins.methods.desam.grid import CLOSED, predict_grid, select_lazily
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
-from nnunet_dgplugins.methods.desam.network import build_prompt_encoder
 from nnunet_dgplugins.methods.desam.selection import SelectionRule, clean, mask_box, select_masks, suppress_border
+from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 
 SIZE, CANVAS, TOKENS = 24, 64, 4
 SMALL_REGION = 9 * (256 / SIZE) ** 2  # nine pixels of these small masks

@@ -10,9 +10,9 @@ import torch
 from sam_helpers import TINY
 from torch.nn import functional as F
 
-from nnunet_dgplugins.content import content_box
+from nnunet_dgplugins.content import content_box, from_canvas
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD, check_channels, from_canvas, resize_target, to_canvas
+from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD, check_channels, resize_target, to_canvas
 from nnunet_dgplugins.sam.store import slice_hash
 
 

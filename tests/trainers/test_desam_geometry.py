@@ -14,7 +14,8 @@ import torch
 from conftest import World
 from tiny_dataset import Recipe, case_arrays, write_image
 
-from nnunet_dgplugins.sam.segmenter import CLOSED, SliceSegmenter
+from nnunet_dgplugins.content import CLOSED
+from nnunet_dgplugins.sam.segmenter import SliceSegmenter
 from nnunet_dgplugins.trainers.whole_slices import deployed_patch
 
 TRAINERS = ("DeSAMTrainer", "DeSAMGridTrainer")

@@ -6,7 +6,6 @@ because they are the keys of its checkpoints.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -121,8 +120,3 @@ def expanded_to_batch(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[0] == like.shape[0]:
         return x
     return x.expand(like.shape[0], *x.shape[1:])
-
-
-def disabled_autocast(device: torch.device) -> torch.autocast:
-    """Return a context in which autocast is off, for positions that half precision would blur."""
-    return torch.autocast(device_type=device.type, enabled=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dgplugins.methods.desam.pdmm import PDMM, SharedContexts
-from nnunet_dgplugins.methods.desam.two_way import two_way
+from nnunet_dgplugins.methods.two_way import two_way
 
 NUM_MASK_TOKENS = 4  # SAM's: one mask, or three for an ambiguous prompt
 TRANSFORMER_DEPTH = 2

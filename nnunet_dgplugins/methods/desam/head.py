@@ -11,6 +11,7 @@ from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
 from nnunet_dgplugins.methods.desam.grid import PRIM_BATCH, finished, predict_grid
 from nnunet_dgplugins.methods.desam.prompts import GRID_SIZE, EncodedPrompts, encode_box, encode_points, grid_points
 from nnunet_dgplugins.methods.desam.selection import SelectionRule
+from nnunet_dgplugins.methods.sam_parts import expected_dice
 
 
 class DeSAMHead(nn.Module):
@@ -89,19 +90,3 @@ class DeSAMHead(nn.Module):
             features[:-1], features[-1], prompts.sparse, prompts.dense, prompts.dense_pe
         )
         return found
-
-
-def expected_dice(logits: Tensor) -> Tensor:
-    """Return the Dice (B, K) a mask expects of itself, ``2 sum(p m) / (sum(p) + sum(m))`` with p its probabilities.
-
-    An empty mask is as sure as its likeliest pixel is unlikely.
-
-    Args:
-        logits: (B, K, H, W); the mask m is where they are above 0.
-    """
-    probability = logits.float().sigmoid()
-    mask = (logits > 0).to(probability.dtype)
-    overlap, size = 2 * (probability * mask).sum((2, 3)), mask.sum((2, 3))
-    return torch.where(
-        size > 0, overlap / (probability.sum((2, 3)) + size).clamp(min=1e-6), 1 - probability.amax((2, 3))
-    )

@@ -10,41 +10,13 @@ released script's cross-entropy is a softmax over one channel and hence exactly 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-DICE_EPS = 1e-5
+from nnunet_dgplugins.methods.mask_losses import at_least_float32, bce_loss, dice_loss
+
 PAPER_IOU_WEIGHT = 10.0
 CODE_IOU_WEIGHT = 1.0
 VARIANTS = ("paper", "code")
-
-
-def dice_loss(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Soft Dice with squared denominator, per image and class, then averaged.
-
-    ``1 - (2 sum(p g) + eps) / (sum(p^2) + sum(g^2) + eps)`` with p = sigmoid(logits); an empty target with an empty
-    prediction costs nothing.
-
-    Args:
-        logits: (B, K, H, W).
-        target: (B, K, H, W), 0 or 1.
-        valid: (B, 1, H, W), 0 where the truth is unknown; None: known everywhere.
-    """
-    probability, truth = logits.sigmoid(), target.to(logits.dtype)
-    if valid is not None:
-        probability, truth = probability * valid, truth * valid
-    overlap = (probability * truth).sum((2, 3))
-    size = probability.square().sum((2, 3)) + truth.square().sum((2, 3))
-    return (1 - (2 * overlap + DICE_EPS) / (size + DICE_EPS)).mean()
-
-
-def bce_loss(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy averaged over known pixels and classes; 0 where nothing is known. Shapes as in dice_loss."""
-    per_pixel = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
-    if valid is None:
-        return per_pixel.mean()
-    weight = valid.to(logits.dtype).expand_as(per_pixel)
-    return (per_pixel * weight).sum() / weight.sum().clamp(min=1)
 
 
 def iou_loss(predicted: Tensor, target: Tensor, kind: str = "mse", speaks: Tensor | None = None) -> Tensor:
@@ -105,7 +77,7 @@ def desam_loss(
         raise ValueError(f"variant is one of {VARIANTS}, got {variant!r}.")
     if (iou is None) != (iou_target is None):
         raise ValueError("iou and iou_target belong together.")
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     valid = None if valid is None else valid.to(logits.dtype)
     terms = {"dice": dice_loss(logits, target, valid)}
     if variant == "paper":
@@ -113,7 +85,7 @@ def desam_loss(
     total = torch.stack(list(terms.values())).sum()
     if iou is not None and iou_target is not None:
         kind, weight = ("mse", PAPER_IOU_WEIGHT) if variant == "paper" else ("l1", CODE_IOU_WEIGHT)
-        terms["iou"] = iou_loss(_at_least_float32(iou), iou_target, kind, speaks)
+        terms["iou"] = iou_loss(at_least_float32(iou), iou_target, kind, speaks)
         total = total + weight * terms["iou"]
     return {**terms, "total": total}
 
@@ -121,7 +93,3 @@ def desam_loss(
 def poly_lr(initial: float, epoch: int, epochs: int, exponent: float = 0.9) -> float:
     """Return ``initial * (1 - epoch / epochs) ** exponent``, epoch from 0."""
     return initial * (1 - epoch / epochs) ** exponent
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor, nn
 
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.blocks import ResSE
 from nnunet_dgplugins.methods.desam.decoder import DeSAMDecoder
+from nnunet_dgplugins.methods.sam_parts import DecoderSizes
 
 DECODER_PREFIX = "mask_decoder."
 PROMPT_PREFIX = "prompt_encoder."
-MASK_PROMPT_CHANNELS = 16  # SAM's; the mask prompt is never used here, its weights only have a place
 MODES = ("points", "box")
 
 # reached by no gradient whatever the prompt; the whole-box mode has no IoU term and so never trains the IoU side
 _NEVER = ("output_upscaling.", "output_hypernetworks_mlps.", "pimm.seg_outputs.0.")
 _NEVER_WITH_BOX = ("iou_prediction_head.", "transformer.final_attn_token_to_image.", "transformer.norm_final_attn.")
-
-
-class DecoderSizes(Protocol):
-    """What the decoder has to know of a SAM model (``nnunet_dgplugins.sam.models.SamModel`` fits)."""
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels of the taps."""
-
-    @property
-    def prompt_dim(self) -> int:
-        """Channels of neck and prompts."""
-
-    @property
-    def decoder_mlp_dim(self) -> int:
-        """Hidden width of the transformer's MLP."""
-
-    @property
-    def decoder_num_heads(self) -> int:
-        """Heads of the transformer."""
-
-    @property
-    def iou_head_hidden(self) -> int:
-        """Hidden width of the IoU head."""
 
 
 def build_decoder(model: DecoderSizes, num_classes: int = 1) -> DeSAMDecoder:
@@ -58,25 +33,6 @@ def build_decoder(model: DecoderSizes, num_classes: int = 1) -> DeSAMDecoder:
         iou_head_hidden=model.iou_head_hidden,
         num_classes=num_classes,
     )
-
-
-def build_prompt_encoder(prompt_dim: int, grid: int, canvas: int) -> nn.Module:
-    """Return SAM's prompt encoder, frozen.
-
-    Args:
-        prompt_dim: channels of the prompts.
-        grid: side of the token grid.
-        canvas: side of the image the encoder sees, in pixels.
-    """
-    from segment_anything.modeling.prompt_encoder import PromptEncoder
-
-    encoder = PromptEncoder(
-        embed_dim=prompt_dim,
-        image_embedding_size=(grid, grid),
-        input_image_size=(canvas, canvas),
-        mask_in_chans=MASK_PROMPT_CHANNELS,
-    )
-    return encoder.requires_grad_(False).eval()
 
 
 def load_decoder(decoder: DeSAMDecoder, state: Mapping[str, Tensor]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_dgplugins.methods.desam.blocks import disabled_autocast
+from nnunet_dgplugins.methods.sam_parts import disabled_autocast
 
 GRID_SIZE = 9
 

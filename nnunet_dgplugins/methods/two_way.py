@@ -1,4 +1,4 @@
-"""SAM's two-way transformer for inference: the same function with a fraction of the work.
+"""SAM's two-way transformer: the same function with a fraction of the work.
 
 There are only a handful of tokens T (7 here) per prompt but thousands of image positions M, and SAM's attention
 (Kirillov et al., Segment Anything, ICCV 2023, appendix A) projects every position to queries, keys and values. Matrix
@@ -8,7 +8,8 @@ products associate, so the projections can be folded into the few tokens instead
   scores of a query, which softmax ignores; the attention a sums to one, so the value bias is added once.
 - image to tokens: ``(K Wq + b) k^T = K (Wq k^T) + b k^T`` and ``a v Wo = a (v Wo)``.
 
-Equal to SAM's own forward up to rounding. Training keeps SAM's forward, whose gradients are the published ones.
+Equal to SAM's own forward up to rounding, and so are the gradients; those of the biases of keys, zero in theory, are
+left out where they are folded away. DeSAM trains with SAM's forward, SAM-SDG with this one.
 """
 
 from __future__ import annotations
