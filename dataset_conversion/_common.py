@@ -109,7 +109,10 @@ def _recipe(plan: Plan, case: SourceCase) -> Any:
     window = plan.facts.window if case.site in plan.facts.window_sites else None
     drop = plan.request.drop_empty_slices
     pixels = plan.request.min_pixels if plan.weak else 0
-    return Recipe(dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters, pixels)
+    neighbours = plan.request.neighbours and len(case.images) == 1  # others bring them along
+    return Recipe(
+        dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters, pixels, neighbours
+    )
 
 
 def _check(plan: Plan) -> list[Checked]:
@@ -227,7 +230,7 @@ def _show_sites(plan: Plan, reports: list[Checked]) -> None:
         for name, count, patients in plan.shares:
             click.echo(f"{name}: {count} of {patients} annotated patients labelled")
         click.echo(f"{unlabelled} training cases are unlabelled; their labels are filled with the ignore value.")
-    files = sum(len(case.images) + 1 for case in plan.cases)
+    files = len(plan.cases) * (len(plan.channel_names) + 1)
     click.echo(f"Writing {files} files, about {human_bytes(sum(report.bytes for report in reports))}.")
 
 
