@@ -32,6 +32,7 @@ class Slice:
         orientation: directions of a row and of a column, six numbers.
         shape: columns, rows.
         spacing: mm between columns and between rows.
+        kind: SimpleITK's number of the voxel type once the file's scale factor is applied.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Slice:
     orientation: npt.NDArray[np.float64]
     shape: tuple[int, int]
     spacing: tuple[float, float]
+    kind: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def in_order(files: Sequence[Path]) -> tuple[list[Path], npt.NDArray[np.float64]
             raise Unreadable(f"{other.path.name} has {found} pixels, {first.path.name} has {wanted}")
         if np.abs(other.orientation - first.orientation).max() > 1e-3 or not np.allclose(other.spacing, first.spacing):
             raise Unreadable(f"{other.path.name} has another orientation or pixel size than {first.path.name}")
+        if other.kind != first.kind:  # SimpleITK would squeeze all slices into the type of the first
+            raise Unreadable(f"{other.path.name} has another voxel type or kind of scale factor than {first.path.name}")
     row, column = first.orientation[:3], first.orientation[3:]
     normal = np.cross(row, column)
     slices.sort(key=lambda one: (float(normal @ one.position), one.path.name))
@@ -186,6 +190,7 @@ def _slice(path: Path) -> Slice:
         orientation=np.concatenate([row, column]),
         shape=(size[0], size[1]),
         spacing=(spacing[0], spacing[1]),
+        kind=reader.GetPixelID(),
     )
 
 
