@@ -58,7 +58,7 @@ def list_cases(root: Path, request: Request, listing: Listing) -> None:
             continue
         images, masks = _files(folders[IMAGE], listing), _files(folders[MASK], listing)
         gaps = []
-        for volume, paths in _volumes(sorted({*images, *masks}), folders[IMAGE], listing).items():
+        for volume, paths in _volumes(sorted({*images, *masks}), images, folder, listing).items():
             case = f"{site}_{safe_name(volume)}"
             if not _paired(folder, paths, images, masks, site, case, listing):
                 continue
@@ -83,7 +83,7 @@ def _files(folder: Path, listing: Listing) -> dict[str, Path]:
     return found
 
 
-def _volumes(names: Sequence[str], folder: Path, listing: Listing) -> dict[str, list[str]]:
+def _volumes(names: Sequence[str], images: dict[str, Path], folder: Path, listing: Listing) -> dict[str, list[str]]:
     """Return volume to the names of its slices in order: by name, or where that fails, by what the slices show."""
     found: dict[str, dict[int, str]] = {}
     for name in names:
@@ -95,7 +95,7 @@ def _volumes(names: Sequence[str], folder: Path, listing: Listing) -> dict[str, 
     else:
         if len(found) > 1 or len(names) < 2:  # "slice_17" of one volume only may be a running number over many
             return {volume: [slices[number] for number in sorted(slices)] for volume, slices in found.items()}
-    chains = chained([folder / f"{name}.npy" for name in names])
+    chains = chained([images.get(name, folder / name) for name in names])
     listing.warnings.append(
         f"{folder}: names such as {name}.npy do not tell volumes apart; slices were joined where they show each "
         f"other's neighbours: {len(names)} slices, {len(chains)} volumes, taken for as many patients"

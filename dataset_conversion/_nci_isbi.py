@@ -1,4 +1,8 @@
-"""NCI-ISBI 2013, two hospitals: a DICOM folder per subject, an NRRD mask per subject in the challenge's archives."""
+"""NCI-ISBI 2013, two hospitals: a DICOM folder per subject, an NRRD mask per subject in the challenge's archives.
+
+Masks have axes and slices of their own; ``ProstateDx-01-0055`` has 23 slices where its image has 34. The challenge says
+that they lie in the right place, so all are put on the image's grid by physical coordinates.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ SITES = {"prostate3t": "RUNMC", "prostatedx": "BMC"}
 SUBJECT = re.compile(r"(?P<collection>Prostate3T|ProstateDx)-(?P<number>\d{2}-\d{4})", re.IGNORECASE)
 CORRECTED = "_correctedLabels"  # one mask was replaced after the challenge
 MASK = re.compile(rf"(?P<subject>{SUBJECT.pattern})(?P<corrected>{CORRECTED})?\.nrrd", re.IGNORECASE)
-UNUSABLE = {"ProstateDx-01-0055": "image and mask of the release do not belong together"}
 
 
 def list_cases(root: Path, listing: Listing) -> None:
@@ -28,9 +31,6 @@ def list_cases(root: Path, listing: Listing) -> None:
         assert match is not None  # the keys are written by _walk
         site = SITES[match["collection"].casefold()]
         case = f"{site}_{subject}"
-        if subject in UNUSABLE:
-            listing.warnings.append(f"{subject}: left out, {UNUSABLE[subject]}")
-            continue
         if subject not in masks:
             continue
         problem: Problem | None = None
@@ -52,7 +52,7 @@ def list_cases(root: Path, listing: Listing) -> None:
         listing.cases.append(
             SourceCase(case, (scan,), Scan((mask,)), site, subject, original, (0, subject), own_grid=True)
         )
-    without = sorted(set(folders) - set(masks) - set(UNUSABLE))
+    without = sorted(set(folders) - set(masks))
     if masks and without:
         some = ", ".join(without[:5]) + (", ..." if without[5:] else "")
         listing.warnings.append(f"{len(without)} subjects of NCI-ISBI 2013 without mask, left out: {some}")
