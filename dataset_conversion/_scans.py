@@ -14,7 +14,7 @@ from dataset_conversion._nifti import Unreadable, Volume, disagreement, sizes, s
 from dataset_conversion._sources import Scan
 
 TO_NIFTI = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count x to the left and y to the back, NIfTI the other way
-SAME_GRID = 1e-3  # mm
+SAME_GRID = 0.05  # mm; headers that went through other programs are rounded, no pixel is as small as ten times that
 MISPLACED = 0.05  # share of a mask outside its image from which on the two do not belong together
 
 

@@ -155,10 +155,13 @@ def test_a_file_of_several_frames_is_refused(tmp_path: Path) -> None:
 
 def test_a_mask_on_its_image_s_grid_is_not_touched(tmp_path: Path) -> None:
     image = read_scan(Scan((write(tmp_path / "image.mhd", scan(1)),)))
-    mask = read_scan(Scan((write(tmp_path / "mask.nrrd", gland((1, 2))),)))
+    rounded = gland((1, 2))
+    rounded.SetOrigin([value + 0.01 for value in rounded.GetOrigin()])  # as another program may have written it
+    mask = read_scan(Scan((write(tmp_path / "mask.nrrd", rounded),)))
     moved, notes = put_on_grid(mask, image)
     assert notes == []
     assert moved.array is mask.array
+    assert np.array_equal(moved.affine, image.affine)
 
 
 def test_a_small_part_of_a_mask_outside_its_image_is_lost_and_told(tmp_path: Path) -> None:
