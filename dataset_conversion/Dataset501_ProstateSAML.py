@@ -44,6 +44,7 @@ FACTS = Facts(
     zone_mapping={0: 0, 1: 1, 2: 2},
     splits=("kfold", "desam", "labelled"),
     few_labels=True,
+    neighbours=True,
     reference="https://liuquande.github.io/SAML/",
     licence="as the public sources (NCI-ISBI 2013, I2CVB, PROMISE12): research use",
 )

@@ -34,6 +34,7 @@ FACTS = Facts(
     labels={"background": 0, "prostate": 1},
     mapping={0: 0, 1: 1, 2: 1},
     splits=("kfold", "desam"),
+    neighbours=True,
     reference="https://github.com/yifangao112/DeSAM",
     licence="as the public sources (NCI-ISBI 2013, I2CVB, PROMISE12): research use",
 )

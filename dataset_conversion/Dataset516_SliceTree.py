@@ -18,7 +18,8 @@ import click
 from dataset_conversion import _tags
 from dataset_conversion._archive import unpack
 from dataset_conversion._command import make_command, run_as_script
-from dataset_conversion._facts import Facts, Listing, Request, SourceCase, Stack, Trouble, entries
+from dataset_conversion._facts import Facts, Listing, Request, SourceCase, Trouble, entries
+from dataset_conversion._sources import Stack
 from nnunet_dgplugins.data.names import safe_name
 from nnunet_dgplugins.errors import Problem, UserError
 

@@ -20,7 +20,9 @@ _SPLITS = {
 }
 
 
-def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Callable[..., Any]) -> click.Command:
+def make_command(
+    facts: Facts, list_cases: ListCases, help_text: str, *more: Callable[..., Any], roots: Sequence[str] = ()
+) -> click.Command:
     """Return the click command of a converter.
 
     Args:
@@ -28,9 +30,10 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         list_cases: fills a listing with the cases under the root.
         help_text: first lines of ``--help``.
         more: further option decorators, whose values become fields of the request.
+        roots: options of ``more`` that name the folders of several downloads, in place of ROOT.
     """
     options: list[Callable[..., Any]] = [
-        click.argument("root", type=click.Path(path_type=Path)),
+        click.argument("root", type=click.Path(path_type=Path), required=not roots),
         click.option("--id", "dataset_id", type=click.IntRange(1, 999), default=facts.dataset_id, show_default=True,
                      help="nnU-Net's dataset id."),
         *(_supervision() if facts.tags else _sites(facts)),
@@ -51,6 +54,9 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         zones = click.Choice(["merge", "keep"])
         text = "Merge the zones into one label, or keep them where every site has them."
         options.append(click.option("--zones", type=zones, default="merge", show_default=True, help=text))
+    if facts.neighbours:
+        text = "Three channels: each slice's neighbour below, the slice, its neighbour above."
+        options.append(click.option("--neighbours", is_flag=True, help=text))
     if len(facts.splits) > 1:
         choice = click.Choice(list(facts.splits))
         text = "; ".join(f"{name}: {_SPLITS[name]}" for name in facts.splits)
@@ -62,6 +68,8 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
     def callback(copy: bool, **options: Any) -> None:
         if not facts.tags and not options["sources"] and not options["targets"]:
             raise click.UsageError("Missing option '--source' (sites to train on) or '--target' (sites to test on).")
+        if roots:
+            options["root"] = _one_root(options, roots)
         from dataset_conversion._common import convert
 
         convert(facts, list_cases, Request(link=not copy, **options))
@@ -71,6 +79,19 @@ def make_command(facts: Facts, list_cases: ListCases, help_text: str, *more: Cal
         wrapped = option(wrapped)
     settings = {"help_option_names": ["-h", "--help"]}
     return click.command(facts.command, help=help_text, context_settings=settings)(wrapped)
+
+
+def _one_root(options: dict[str, Any], roots: Sequence[str]) -> Path:
+    """Return ROOT, or the first of the folders that are named in its place.
+
+    Raises:
+        click.UsageError: neither is given, or both are.
+    """
+    given = [options[name] for name in roots if options[name] is not None]
+    if (options["root"] is None) != bool(given):
+        flags = ", ".join("--" + name.replace("_", "-") for name in roots)
+        raise click.UsageError(f"Give ROOT, a folder that holds all downloads, or some of {flags}.")
+    return Path(options["root"] or given[0])
 
 
 def _sites(facts: Facts) -> list[Callable[..., Any]]:

@@ -109,7 +109,10 @@ def _recipe(plan: Plan, case: SourceCase) -> Any:
     window = plan.facts.window if case.site in plan.facts.window_sites else None
     drop = plan.request.drop_empty_slices
     pixels = plan.request.min_pixels if plan.weak else 0
-    return Recipe(dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters, pixels)
+    neighbours = plan.request.neighbours and len(case.images) == 1  # others bring them along
+    return Recipe(
+        dict(plan.mapping), window, drop, plan.request.link, plan.ignore, plan.facts.raters, pixels, neighbours
+    )
 
 
 def _check(plan: Plan) -> list[Checked]:
@@ -214,20 +217,23 @@ def _digest(plan: Plan, reports: list[Checked], folds: list[Split], test: set[st
 
 def _show_sites(plan: Plan, reports: list[Checked]) -> None:
     """Print what the user should glance at: cases, sizes, spacing and labels of each site."""
-    click.echo(f"{'site':8} {'part':6} {'cases':>5}  {'size (x, y, slices)':24} {'spacing in mm':24} label values")
+    width = max([8, *(len(case.site) for case in plan.cases)])
+    click.echo(
+        f"{'site':{width}} {'part':6} {'cases':>5}  {'size (x, y, slices)':24} {'spacing in mm':24} label values"
+    )
     for site in dict.fromkeys(case.site for case in plan.cases):
         own = [report for case, report in zip(plan.cases, reports, strict=True) if case.site == site]
         part = "all" if plan.facts.tags else "train" if site in plan.sources else "test"
         values = " ".join(map(str, sorted({value for report in own for value in report.values})))
         shapes = ", ".join(_range([report.shape[axis] for report in own]) for axis in range(3))
         spacing = ", ".join(_range([round(report.spacing[axis], 3) for report in own]) for axis in range(3))
-        click.echo(f"{site or '-':8} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
+        click.echo(f"{site or '-':{width}} {part:6} {len(own):5}  {shapes:24} {spacing:24} {values}")
     unlabelled = sum(case.label is None for case in plan.cases)
     if unlabelled:
         for name, count, patients in plan.shares:
             click.echo(f"{name}: {count} of {patients} annotated patients labelled")
         click.echo(f"{unlabelled} training cases are unlabelled; their labels are filled with the ignore value.")
-    files = sum(len(case.images) + 1 for case in plan.cases)
+    files = len(plan.cases) * (len(plan.channel_names) + 1)
     click.echo(f"Writing {files} files, about {human_bytes(sum(report.bytes for report in reports))}.")
 
 

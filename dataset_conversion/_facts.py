@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion._sources import Source, Stack
 from nnunet_dgplugins.errors import Problem, UserError, nearest
 
 if TYPE_CHECKING:
@@ -54,30 +55,6 @@ class Raters:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A volume that lies in one picture per slice.
-
-    Args:
-        files: the slices in order.
-        mask: any pixel but 0 is foreground (files hold 0/255, 0/1 or 0/1/2), read as 1.
-    """
-
-    files: tuple[Path, ...]
-    mask: bool = False
-
-    @property
-    def name(self) -> str:
-        """Names of the first and the last slice."""
-        return f"{self.files[0].name} to {self.files[-1].name}"
-
-    def __str__(self) -> str:
-        return f"{self.files[0]} to {self.files[-1].name}"
-
-
-Source = Path | Stack  # what one image or mask is read from
-
-
-@dataclass(frozen=True)
 class Facts:
     """Everything a source dataset's converter knows before it opens a file.
 
@@ -103,6 +80,7 @@ class Facts:
         simulated: whether the sites are made by a program; said in the case table and in every study's tables.
         tags: whether the dataset can be a weak one, of image tags in place of masks (:mod:`dataset_conversion._tags`).
             Such sources have several modalities, no source and target sites, and ``sites`` is empty.
+        neighbours: whether the slices below and above can be written as further channels.
     """
 
     command: str
@@ -125,6 +103,7 @@ class Facts:
     licence: str = ""
     simulated: bool = False
     tags: bool = False
+    neighbours: bool = False
 
     def site(self, text: str) -> Site:
         """Return the site that ``text`` means; ``without_X`` stands for every site but X, as one source.
@@ -158,6 +137,7 @@ class SourceCase:
         spare: a case without annotation that is used only while all of its patient is unlabelled.
         volumes: which volume of its file each image is, where one file holds the channels; empty where it does not.
         stratum: patients of which a random split gives each part its share (grade of the tumour).
+        own_grid: the mask lies on a grid of its own and is put on the image's by physical coordinates.
     """
 
     name: str
@@ -173,6 +153,7 @@ class SourceCase:
     spare: bool = False
     volumes: tuple[int, ...] = ()
     stratum: str = ""
+    own_grid: bool = False
 
     @property
     def masks(self) -> tuple[Source, ...]:
@@ -258,6 +239,10 @@ class Request:
         masks: name of the folder of masks.
         label_name: what masks show, where the tree does not say.
         more_roots: further downloads that go into the same dataset, one fold each.
+        neighbours: write the slices below and above as channels, too.
+        nci_isbi: folder of NCI-ISBI 2013, where a dataset is built from several downloads; so the next two.
+        i2cvb: folder of I2CVB.
+        promise12: folder of PROMISE12.
     """
 
     root: Path
@@ -290,6 +275,10 @@ class Request:
     masks: str = "GT"
     label_name: str = "prostate"
     more_roots: tuple[Path, ...] = ()
+    neighbours: bool = False
+    nci_isbi: Path | None = None
+    i2cvb: Path | None = None
+    promise12: Path | None = None
 
     @property
     def few_labels(self) -> bool:

@@ -18,7 +18,7 @@ SHEAR_TOLERANCE = 1e-4  # ITK, which nnU-Net reads with, refuses axes that are f
 
 @dataclass
 class Volume:
-    """A NIfTI file in memory: image object, 3D array in file units (scaled), affine and what was put right."""
+    """A volume in memory: NIfTI image object, 3D array in file units (scaled), affine and what was put right."""
 
     image: Any
     array: npt.NDArray[Any]
@@ -26,6 +26,7 @@ class Volume:
     sha256: str
     squeezed: bool
     straightened: bool
+    notes: tuple[str, ...] = ()
 
 
 class Unreadable(Exception):
@@ -145,6 +146,12 @@ def straight(affine: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], 
     straightened = affine.copy()
     straightened[:3, :3] = (left @ right) * spacing  # the nearest rotation
     return straightened, True
+
+
+def disagreement(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
+    """Return the largest distance in mm between where two affines place the volume's corners."""
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])
+    return float(np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max())
 
 
 def sizes(shape: tuple[int, ...]) -> str:

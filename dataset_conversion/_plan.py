@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataset_conversion import _labelled, _tags
-from dataset_conversion._facts import WITHOUT, Facts, Listing, Request, SourceCase, Stack
+from dataset_conversion._facts import WITHOUT, Facts, Listing, Request, SourceCase
+from dataset_conversion._sources import Stack
 from nnunet_dgplugins.data.names import near
 from nnunet_dgplugins.data.splits import SEED, Split
 from nnunet_dgplugins.errors import UserError
@@ -54,6 +55,10 @@ class Plan:
     def channel_names(self) -> dict[str, str]:
         """nnU-Net's; those of a weak dataset keep its hands off the intensities, so that padding equals background."""
         names = dict(self.facts.channel_names)
+        if self.request.neighbours:
+            (middle,) = names.values()
+            # nnU-Net normalises by name: these are none of its own (CT, noNorm, ...), so each gets a z-score
+            names = {"0": f"{middle}_below", "1": middle, "2": f"{middle}_above"}
         return dict.fromkeys(names, "noNorm") if self.weak else names
 
     @property
@@ -83,8 +88,10 @@ class Plan:
             few |= {"supervision": request.supervision, "modalities": list(self.facts.channel_names.values())}
             few["min_pixels"] = request.min_pixels if self.weak else None
             few["label_code"] = request.label_code or None
-            pictures = any(isinstance(case.images[0], Stack) for case in self.cases)
-            few["spacing"] = "unknown, 1 mm written" if pictures else None
+        images = [case.images[0] for case in self.cases]
+        bare = any(isinstance(image, Stack) and not image.has_spacing for image in images)
+        few["spacing"] = "unknown, 1 mm written" if bare else None
+        few["neighbours"] = "slices z-1, z, z+1; edges repeated" if request.neighbours else None
         if self.split == "shares":
             drawn = {"folds": request.folds} if request.folds else {"val": request.val}
             few |= {**drawn, "test": request.test, "seed": self.seed}

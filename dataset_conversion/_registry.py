@@ -20,6 +20,11 @@ CONVERTERS = {
     "luad-histoseg": ("Dataset509_LUADHistoSeg", "LUAD-HistoSeg, lung tissue patches with tags; two or four classes."),
     "bcss-wsss": ("Dataset510_BCSSWSSS", "BCSS-WSSS, breast tissue patches with tags; two or four classes."),
     "wsss4luad": ("Dataset511_WSSS4LUAD", "WSSS4LUAD, lung tissue patches with tags; two or three classes."),
+    "prostate-npy": ("Dataset512_ProstateNPY", "The same prostates as .npy slices (Domain1 to Domain6), for SAM-SDG."),
+    "prostate-public": (
+        "Dataset513_ProstatePublic",
+        "Prostates from the public sources: NCI-ISBI 2013, I2CVB, PROMISE12.",
+    ),
     "simulated-vendors": ("Dataset514_SimulatedVendors", "Four SIMULATED vendors on ACDC hearts (SimA to SimD)."),
     "slice-tree": ("Dataset516_SliceTree", "PNG slices in {train,val}/{T2,ADC,GT}, one root per fold; tags or masks."),
     "patch-folder": ("Dataset519_PatchFolder", "Your own RGB patches with a CSV of tags; any number of classes."),

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataset_conversion._facts import Raters, Source, SourceCase, Stack
-from dataset_conversion._nifti import Unreadable, Volume, read_volume, sizes
-from dataset_conversion._slices import read_stack
+from dataset_conversion._facts import Raters, SourceCase
+from dataset_conversion._nifti import Unreadable, Volume, disagreement, read_volume, sizes
+from dataset_conversion._scans import put_on_grid, read_scan
+from dataset_conversion._slices import read_arrays, read_stack
+from dataset_conversion._sources import Arrays, Scan, Source, Stack
 from nnunet_dgplugins.errors import Problem
 from nnunet_dgplugins.files import VALIDATION_MASKS, replacing, take
 
@@ -32,6 +34,7 @@ class Recipe:
         ignore: value that fills the label of a case without annotation.
         raters: how several masks become one label; None for one mask.
         min_pixels: foreground pixels of a slice that make its tag positive; 0 where no tags are wanted.
+        neighbours: write the one image as three channels, slice z-1, z and z+1, the edge slices repeated.
     """
 
     mapping: Mapping[int, int]
@@ -41,6 +44,7 @@ class Recipe:
     ignore: int = 0
     raters: Raters | None = None
     min_pixels: int = 0
+    neighbours: bool = False
 
 
 @dataclass
@@ -84,6 +88,8 @@ def check_case(case: SourceCase, recipe: Recipe) -> Checked:
         _check_image(path, volume, recipe, report)
     masks = _read_all([(source, case.frame) for source in case.masks], report)
     report.files = [volume.sha256 for _, volume in (*images, *masks)]
+    if case.own_grid and len(images) == len(case.images):
+        masks = _place(masks, images[0][1], report)
     fused = None
     if len(masks) < len(case.masks):
         return report
@@ -104,7 +110,7 @@ def check_case(case: SourceCase, recipe: Recipe) -> Checked:
             found, wanted = sizes(volume.array.shape), sizes(first.array.shape)
             report.problems.append(Problem(str(path), f"shape {found}", f"{wanted} as {case.images[0].name}"))
             continue
-        distance = _disagreement(first.affine, volume.affine, first.array.shape)
+        distance = disagreement(first.affine, volume.affine, first.array.shape)
         if distance > GEOMETRY_TOLERANCE:
             report.warnings.append(
                 f"{path}: its header disagrees with the image's by up to {distance:.3g} mm; the image's is used"
@@ -124,7 +130,26 @@ def _frame(case: SourceCase, channel: int) -> int | None:
 
 
 def _read(source: Source, frame: int | None) -> Volume:
+    if isinstance(source, Scan):
+        return read_scan(source)
+    if isinstance(source, Arrays):
+        return read_arrays(source)
     return read_stack(source) if isinstance(source, Stack) else read_volume(source, frame)
+
+
+def _place(masks: list[tuple[Source, Volume]], image: Volume, report: Checked) -> list[tuple[Source, Volume]]:
+    """Put masks on the image's grid and say so; those that do not belong there become problems and are left out."""
+    placed = []
+    for source, mask in masks:
+        try:
+            mask, notes = put_on_grid(mask, image)
+        except Unreadable as error:
+            fix = f"Leave the case out with --exclude {report.name}."
+            report.problems.append(Problem(str(source), str(error), fix=fix))
+            continue
+        report.warnings += [f"{source}: {note}" for note in notes]
+        placed.append((source, mask))
+    return placed
 
 
 def _read_all(sources: list[tuple[Source, int | None]], report: Checked) -> list[tuple[Source, Volume]]:
@@ -132,9 +157,12 @@ def _read_all(sources: list[tuple[Source, int | None]], report: Checked) -> list
     volumes = []
     for source, frame in sources:
         try:
-            volumes.append((source, _read(source, frame)))
+            volume = _read(source, frame)
+            volumes.append((source, volume))
+            report.warnings += [f"{source}: {note}" for note in volume.notes]
         except Unreadable as error:
-            problem = Problem(str(source), str(error), fix="Download or export it again.")
+            fix = f"Download or export it again, or leave the case out with --exclude {report.name}."
+            problem = Problem(str(source), str(error), fix=fix)
             report.problems += [problem] if problem not in report.problems else []
     return volumes
 
@@ -206,12 +234,6 @@ def _count_label(case: SourceCase, label: npt.NDArray[np.integer], recipe: Recip
         report.problems.append(Problem(str(case.label), f"no organ is marked in frame {case.frame}", fix=fix))
 
 
-def _disagreement(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
-    """Return the largest distance in mm between where two headers place the volume's corners."""
-    corners = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])
-    return float(np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max())
-
-
 def _plan(
     case: SourceCase,
     images: list[Volume],
@@ -234,6 +256,7 @@ def _plan(
         report.image_as_is.append(as_is)
         if not (as_is and recipe.link):
             report.bytes += path.stat().st_size if as_is and isinstance(path, Path) else volume.array.nbytes
+        report.bytes += 2 * volume.array.nbytes if recipe.neighbours else 0
     report.label_as_is = (
         report.image_as_is[0]
         and len(masks) == 1
@@ -274,7 +297,8 @@ def write_case(
         part: ``Tr`` or ``Ts``.
         validates: whether the mask of a tagged training case goes to ``labelsVal``.
     """
-    image_paths = [folder / f"images{part}" / f"{case.name}_{i:04d}.nii.gz" for i in range(len(case.images))]
+    channels = _channels(case, recipe, checked)
+    image_paths = [folder / f"images{part}" / f"{case.name}_{i:04d}.nii.gz" for i in range(len(channels))]
     mask_path: Path | None = folder / f"labels{part}" / f"{case.name}.nii.gz"
     tag_path = mask_path if recipe.min_pixels and part == "Tr" else None
     if tag_path is not None:
@@ -284,21 +308,21 @@ def write_case(
     need_volumes = (
         need_mask
         or need_tags
-        or any(not path.exists() and not as_is for path, as_is in zip(image_paths, checked.image_as_is, strict=True))
+        or any(not path.exists() and not as_is for path, (_, _, as_is) in zip(image_paths, channels, strict=True))
     )
     volumes = [_read(source, _frame(case, i)) for i, source in enumerate(case.images)] if need_volumes else []
     need_label = need_mask if tag_path is not None else need_volumes  # to drop slices of images, the mask says which
-    label = _label(case, recipe, volumes[0].array.shape) if need_label else None
+    label = _label(case, recipe, volumes[0]) if need_label else None
     cut = organ_range(label) if label is not None and case.masks and recipe.drop_empty_slices else slice(None)
-    for index, (source, target) in enumerate(zip(case.images, image_paths, strict=True)):
+    for (index, step, as_is), target in zip(channels, image_paths, strict=True):
         if target.exists():
             continue
-        if checked.image_as_is[index]:
-            _take(source, target, recipe.link)
+        if as_is:
+            _take(case.images[index], target, recipe.link)
             continue
-        volume = volumes[index]
-        array = volume.array[:, :, cut]
-        if recipe.window is not None and _windowed(volume.array, recipe):
+        whole = shifted(volumes[index].array, step)
+        array = whole[:, :, cut]
+        if recipe.window is not None and _windowed(volumes[index].array, recipe):
             array = np.clip(array, *recipe.window)
         _save(target, array, volumes[0], cut)
     if need_tags and tag_path is not None:
@@ -311,11 +335,25 @@ def write_case(
     _save(mask_path, label[:, :, cut], volumes[0], cut)
 
 
-def _label(case: SourceCase, recipe: Recipe, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+def _channels(case: SourceCase, recipe: Recipe, checked: Checked) -> list[tuple[int, int, bool]]:
+    """Return of each channel its image, by how many slices it is shifted, and whether the file can be taken."""
+    if recipe.neighbours:
+        return [(0, -1, False), (0, 0, checked.image_as_is[0]), (0, 1, False)]
+    return [(index, 0, as_is) for index, as_is in enumerate(checked.image_as_is)]
+
+
+def shifted(array: npt.NDArray[Any], step: int) -> npt.NDArray[Any]:
+    """Return the volume whose slice z is slice z + step of ``array`` (x, y, z); beyond an edge, the edge's slice."""
+    count = array.shape[2]
+    return array[:, :, np.clip(np.arange(count) + step, 0, count - 1)] if step else array
+
+
+def _label(case: SourceCase, recipe: Recipe, image: Volume) -> npt.NDArray[np.uint8]:
     """Return the label to write: mapped, fused from several raters, or filled with the ignore value."""
     if not case.masks:
-        return np.full(shape, recipe.ignore, np.uint8)
-    arrays = [_read(source, case.frame).array for source in case.masks]
+        return np.full(image.array.shape, recipe.ignore, np.uint8)
+    masks = [_read(source, case.frame) for source in case.masks]
+    arrays = [(put_on_grid(mask, image)[0] if case.own_grid else mask).array for mask in masks]
     array = arrays[0]
     if recipe.raters:
         array = recipe.raters.fuse([np.rint(values).astype(np.int64) for values in arrays])

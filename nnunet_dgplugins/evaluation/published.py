@@ -47,8 +47,8 @@ UNITS = {"percent": 100.0, "fraction": 1.0}
 """Unit -> its largest value."""
 
 _TABLES = Path(__file__).parent / "published_tables"
-# three releases of the same six sites
-_SAME_DATA = dict.fromkeys(("prostatesaml", "prostatemaxstyle", "prostatedesam"), "prostate")
+# four releases of the same six sites; what is built from the public sources is other data
+_SAME_DATA = dict.fromkeys(("prostatesaml", "prostatemaxstyle", "prostatedesam", "prostatenpy"), "prostate")
 _REQUIRED = ["paper", "table", "dataset", "protocol", "method", "metric", "unit", "value", "where"]
 
 

@@ -168,6 +168,7 @@ def test_a_dataset_is_found_by_every_name_it_has():
         "ProstateDeSAM",
         "Dataset501_ProstateSAML_RUNMC",
         "Dataset502_ProstateMaxStyle",
+        "Dataset512_ProstateNPY_RUNMC",
     ):
         pandas.testing.assert_frame_equal(published(name), rows)
     assert set(published("MnMs")["paper"]) == {"epl", "dgnet"}
