@@ -108,7 +108,7 @@ elif [ "$method" = epl ]; then
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 else
   # small images and few of them: the prostate's width and a higher rate
-  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.001, cmer_reduction: sum}"
+  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.003, cmer_reduction: sum}"
   step train_cam nnUNetv2_train 518 2d 0 -tr EquivariantCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/EquivariantCAMTrainer__nnUNetPlans__2d" \
     --out 519 --device "$device"
