@@ -256,7 +256,7 @@ class _Reader:
             self.note(f"{where}, masks", f"{method.trainer} here learns from tags", "a trainer that learns from masks")
         for data in datasets:
             if not (data.weak and data.masks):
-                self.note(f"{where}, masks", f"dataset {data.name} has none", "masks: [--supervision, masks, ...] there")
+                self.note(f"{where}, masks", f"dataset {data.name} has none", "masks: [--supervision, masks, ...]")
 
     def _ids(self, datasets: list[Data], pseudo: int, values: Mapping[str, Any]) -> None:
         owner: dict[int, str] = {}

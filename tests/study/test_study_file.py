@@ -395,9 +395,8 @@ def test_the_ceiling_trains_on_a_twin_with_masks_and_is_tested_on_the_same_patch
     download = weak.command[3]
     assert weak.command[-2:] == ("--target", f"bcss-wsss={download}_target")
     assert convert.command[-1] == f"{download}/train_masks"
-    assert ("--id", "773") == convert.command[convert.command.index("--id") :][
-        :2
-    ]  # behind the pseudo labels of two seeds
+    # its id is behind those of the pseudo labels of two seeds
+    assert convert.command[convert.command.index("--id") :][:2] == ("--id", "773")
     source = tasks["evaluate source all masks ceiling seed 1"].typed
     assert "Dataset773_LUADHistoSeg_4classes_masks/labelsTr" in source
     assert "fold_0/validation " in source
