@@ -148,7 +148,8 @@ def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: st
     if both.empty:
         return {}
     random = np.random.default_rng(0)
-    middle, drawn = [], []
+    middle: list[Any] = []
+    drawn: list[Any] = []
     for _, part in both.groupby("target", sort=False):
         names = [part[key].unique() for key in ("patient", "seed", "class")]
         sums = dcam_protocol.counts_of(part, ["patient", "method", "seed", "class"])
