@@ -171,9 +171,7 @@ def test_under_release_the_patches_of_the_target_train(patches: World, converted
 
 def test_options_that_the_method_has_no_use_for_are_refused_by_name(patches: World, converted: Path):
     model = trained(patches, converted)
-    with pytest.raises(
-        UserError, match="have no --fusion, --gate, --map; they have --threshold, --white"
-    ):
+    with pytest.raises(UserError, match="have no --fusion, --gate, --map; they have --threshold, --white"):
         make_pseudo_labels(model, NUMBER, choices=Choices(fusion="mean", gate="tag", kind="cam"))
     with pytest.raises(UserError, match="background is no class of this dataset"):
         make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.5))
