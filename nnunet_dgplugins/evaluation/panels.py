@@ -16,6 +16,7 @@ from nnunet_dgplugins.files import replacing
 _INCHES, _DPI = 1.9, 110
 _TISSUES = ("#d1495b", "#2a9d8f", "#3a6ea5", "#edae49", "#8e5ea2", "#66a61e", "#a6761d", "#e7298a")
 _BACKGROUND, _IGNORED = "#222222", "#dddddd"
+_LETTER = 0.032  # width of one in a class name, in cells
 
 
 class Row(Protocol):
@@ -104,9 +105,11 @@ class PatchPanel:
             cell.imshow(colours[mask], interpolation="nearest")
             cell.set_title(title, fontsize=8)
         shown = [value for value in tissues if any((mask == value).any() for mask in self.masks.values())]
-        for place, value in enumerate(shown):
-            axes[0].text(place / max(1, len(tissues)), 1.02, self.names[value], transform=axes[0].transAxes, fontsize=7,
-                         color=colours[value])  # fmt: skip
+        left = 0.0
+        for value in shown:
+            name = self.names[value]
+            axes[0].text(left, 1.02, name, transform=axes[0].transAxes, fontsize=6, color=colours[value])
+            left += _LETTER * (len(name) + 1)
         axes[0].text(0, -0.04, self.title, transform=axes[0].transAxes, fontsize=7, va="top")
 
 
