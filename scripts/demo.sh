@@ -8,7 +8,10 @@
 #                                        labelled samples for both
 #   bash scripts/demo.sh equivariant     equivariant CAMs on made brains: slice tags only, then stock nnU-Net on the
 #                                        pseudo labels for as long
-#   bash scripts/demo.sh ... --data DIR  the real download (SAML layout; equivariant: BraTS 2019), same steps
+#   bash scripts/demo.sh dcam            D-CAM on made tissue patches of two hospitals: tags of one train both stages, and
+#                                        stock nnU-Net on the pseudo labels; the other one is predicted
+#   bash scripts/demo.sh ... --data DIR  the real download, same steps (SAML layout; equivariant: BraTS 2019; dcam: a folder
+#                                        with LUAD-HistoSeg and BCSS-WSSS, which needs a GPU)
 #
 # Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; others: demo_output_METHOD)
 #          desam: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (100; 5000 with --data)
@@ -17,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 method=desam
-case "${1:-}" in desam | epl | equivariant) method="$1"; shift ;; esac
+case "${1:-}" in desam | epl | equivariant | dcam) method="$1"; shift ;; esac
 data="" site="" steps="" out="" device=""
 while [ $# -gt 0 ]; do
   case "$1 $method" in
@@ -26,13 +29,13 @@ while [ $# -gt 0 ]; do
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,18p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
 if [ -n "$data" ] && [ ! -d "$data" ]; then echo "--data $data: no such folder" >&2; exit 2; fi
 [ -z "$data" ] || data="$(cd "$data" && pwd)"
-phantom=nnunet_dgplugins.phantom converter=prostate-saml
+phantom=nnunet_dgplugins.phantom converter=prostate-saml convert=() protocol=()
 case "$method" in
   desam)
     out="${out:-demo_output}" site="${site:-RUNMC}" trainer=DeSAMTrainer id=501
@@ -45,6 +48,10 @@ case "$method" in
     out="${out:-demo_output_equivariant}" trainer=EquivariantCAMTrainer id=518
     dataset=Dataset518_BraTS2019_T1-T2_tags convert=(--modalities T1,T2 --val 0.1 --test 0.2)
     phantom=nnunet_dgplugins.lesion_phantom converter=brats ;;
+  dcam)
+    out="${out:-demo_output_dcam}" trainer=DCAMTrainer id=520
+    dataset=Dataset520_LUADHistoSeg_4classes_to-BCSS_tags
+    phantom=nnunet_dgplugins.histology_phantom converter=luad-histoseg protocol=(--protocol dcam) ;;
 esac
 
 . scripts/install.sh
@@ -77,9 +84,16 @@ step() { # step NAME COMMAND...: run once, remember that it ended well
 
 if [ -z "$data" ]; then
   data="$out/download"
-  step phantom python -m "$phantom" "$data"
+  if [ "$method" = dcam ]; then # small patches, so that a thin tower sees them often in minutes
+    step phantom python -m "$phantom" "$data" --layout luad --size 64 --patches 400 --val 60 --test 0
+    step phantom_target python -m "$phantom" "$data" --layout bcss --size 64 --patches 0 --test 80
+  else
+    step phantom python -m "$phantom" "$data"
+  fi
 fi
-step convert dgplugins convert "$converter" "$data" --id "$id" "${convert[@]}"
+root="$data"
+[ "$method" != dcam ] || { root="$data/LUAD-HistoSeg"; convert=(--target "bcss-wsss=$data/BCSS-WSSS"); }
+step convert dgplugins convert "$converter" "$root" --id "$id" ${convert[@]+"${convert[@]}"}
 # planning splits its work over processes of its own and needs at least one augmentation worker set
 plan=(env nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -c 2d --verify_dataset_integrity -np 2 -npfp 2 --no_pbar)
 step plan "${plan[@]}" -d "$id"
@@ -106,9 +120,18 @@ elif [ "$method" = epl ]; then
   # (an epoch has 25 steps here); as in studies/epl.yaml
   settings "EPLTrainer: {unlabelled_batch_size: 4, initial_lr: 0.001, schedule: poly, cps_start_epoch: 2}"
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
+elif [ "$method" = dcam ]; then
+  # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights
+  settings "{DCAMClassifierTrainer: {width_divisor: 32, attention: false, epochs: 40}, DCAMTrainer: {network: planned, epochs: 5}}"
+  step train_tags nnUNetv2_train 520 2d 0 -tr DCAMClassifierTrainer -device "$device"
+  step train_dcam nnUNetv2_train 520 2d 0 -tr DCAMTrainer -device "$device"
+  step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/DCAMClassifierTrainer__nnUNetPlans__2d" \
+    --out 521 --device "$device"
+  step plan_second "${plan[@]}" -d 521
+  second=521 equal=(--minutes "$(minutes_of DCAMTrainer)")
 else
   # small images and few of them: the prostate's width and a higher rate
-  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.003, cmer_reduction: sum}"
+  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.001, cmer_reduction: sum}"
   step train_cam nnUNetv2_train 518 2d 0 -tr EquivariantCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/EquivariantCAMTrainer__nnUNetPlans__2d" \
     --out 519 --device "$device"
@@ -117,13 +140,17 @@ else
 fi
 step train_stock python -m nnunet_dgplugins.budget "$second" 2d 0 -tr nnUNetTrainer "${equal[@]}" -device "$device"
 # without mirroring, for both: a quarter of the time
-for name in "$trainer" nnUNetTrainer; do
+trainers=("$trainer" nnUNetTrainer)
+[ "$method" != dcam ] || trainers=(DCAMClassifierTrainer "${trainers[@]}")
+for name in "${trainers[@]}"; do
   [ "$name" = nnUNetTrainer ] && of="$second" || of="$id"
   step "predict_$name" nnUNetv2_predict -d "$of" -i "$images" -o "$out/predictions/$name" -c 2d -f 0 \
     -tr "$name" -device "$device" -npp 0 -nps 0 --disable_tta
-  step "evaluate_$name" dgplugins evaluate "$id" "$out/predictions/$name" --csv "$out/$name.csv"
+  step "evaluate_$name" dgplugins evaluate "$id" "$out/predictions/$name" --csv "$out/$name.csv" ${protocol[@]+"${protocol[@]}"}
 done
-if [ "$second" = "$id" ]; then
+if [ "$method" = dcam ]; then
+  python scripts/demo_table.py patches "$id" "$out" "${equal[@]}"
+elif [ "$second" = "$id" ]; then
   python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}"
 else
   python scripts/demo_table.py stages "$id" "$out" "${equal[@]}"

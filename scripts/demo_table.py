@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
+import numpy.typing as npt
 
 from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation, evaluate
 
 if TYPE_CHECKING:
     import pandas
+
+_PATCHES = 6  # on the page
 
 
 @click.group()
@@ -94,6 +98,55 @@ def stages(dataset: str, out: Path, minutes: float) -> None:
     Console(width=120).print(shown)
     overlay_folder(results["maps from tags"], out / "overlays")
     click.echo(f"Overlays (truth and maps, every test volume): {out / 'overlays'}")
+
+
+@cli.command()
+@click.argument("dataset")
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--minutes", type=float, required=True, help="Training time of stage 2 and of stock nnU-Net.")
+def patches(dataset: str, out: Path, minutes: float) -> None:
+    """Print the numbers over all pixels of the unseen hospital, and draw a few patches."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nnunet_dgplugins.evaluation.dcam_protocol import ALL_CLASSES, METRICS, pooled
+    from nnunet_dgplugins.evaluation.panels import PatchPanel, panels_png
+
+    data = Dataset.load(dataset)
+    names = {
+        "DCAMClassifierTrainer": "D-CAM stage 1: maps from tags",
+        "DCAMTrainer": "D-CAM stage 2",
+        "nnUNetTrainer": "stock nnU-Net on the pseudo labels",
+    }
+    folders = {label: out / "predictions" / name for name, label in names.items()}
+    results = {label: evaluate(data, folder, protocol="dcam") for label, folder in folders.items()}
+    sites = sorted(set(next(iter(results.values())).table["site"]))
+    shown = Table(title=f"All pixels of {', '.join(sites)}, tags of {', '.join(data.table.sources)} only; stage 2 and "
+                  f"stock {minutes:.1f} min each", title_justify="left")  # fmt: skip
+    classes = list(data.classes.values)
+    for heading in ("", "mIoU", "FwIoU", "ACC", *(f"IoU {name}" for name in classes)):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for label, result in results.items():
+        found = pooled(result.table)
+        whole = [found[ALL_CLASSES, metric] for metric in list(METRICS)[:3]]
+        shown.add_row(label, *[f"{value:.3f}" for value in (*whole, *(found[name, "iou"] for name in classes))])
+    Console(width=120).print(shown)
+    cases = list(data.files(data.folder / "labelsTs"))
+    meanings = {0: "background", **{value: name for name, (value,) in data.classes.values.items()}}
+    meanings |= {data.classes.ignore: "ignore"} if data.classes.ignore is not None else {}
+    rows = []
+    for case in cases[:: max(1, len(cases) // _PATCHES)][:_PATCHES]:
+        maps = {label: _pixels(folder / f"{case}.png") for label, folder in folders.items()}
+        maps["truth"] = _pixels(data.folder / "labelsTs" / f"{case}.png")
+        rows.append(PatchPanel(case, _pixels(data.folder / "imagesTs" / f"{case}_0000.png"), maps, meanings))
+    panels_png(rows, out / "overlays" / "patches.png")
+    click.echo(f"Patches, predictions and truth: {out / 'overlays' / 'patches.png'}")
+
+
+def _pixels(path: Path) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    return np.asarray(Image.open(path))
 
 
 def training_minutes(fold: Path) -> float:

@@ -73,11 +73,34 @@ def test_the_demo_of_equivariant_cams_trains_both_stages_from_tags(tmp_path: Pat
     assert {path.stem.removeprefix("2013_") for path in (tmp_path / "demo" / "overlays").glob("*.png")} == tested
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_of_dcam_trains_both_stages_from_tags_and_predicts_the_other_hospital(tmp_path: Path):
+    quick = (
+        "DCAMClassifierTrainer: {width_divisor: 32, epochs: 1, iterations_per_epoch: 2}\n"
+        "DCAMTrainer: {network: planned, epochs: 1, iterations_per_epoch: 1, batch_size: 2}\n"
+    )
+    first, _ = run(tmp_path, quick, "dcam")
+    for word in (
+        "D-CAM stage 1",
+        "D-CAM stage 2",
+        "stock nnU-Net on the pseudo labels",
+        "mIoU",
+        "BCSS",
+        "IoU necrosis",
+    ):
+        assert word in first.stdout
+    pseudo = tmp_path / "demo" / "nnUNet_raw" / "Dataset521_LUADHistoSeg_4classes_to-BCSS_tags_pseudo"
+    assert len(list((pseudo / "pseudo_b4_5").glob("*.png"))) == len(list((pseudo / "labelsTr").glob("*.png"))) > 400
+    assert (tmp_path / "demo" / "overlays" / "patches.png").is_file()
+
+
 def test_the_demo_refuses_options_of_the_other_method_before_it_installs_anything():
     for words in (
         ["epl", "--source", "HK"],
         ["--steps", "5"],
         ["equivariant", "--steps", "5"],
+        ["dcam", "--source", "LUAD"],
         ["epl", "--data", "/nowhere"],
     ):
         done = subprocess.run(["bash", str(ROOT / "scripts" / "demo.sh"), *words], capture_output=True, text=True,

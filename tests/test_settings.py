@@ -88,3 +88,14 @@ def test_resolved_settings_survive_json():
 def test_every_setting_says_what_it_means():
     for item in dataclasses.fields(DeSAMSettings):
         assert item.metadata["help"].endswith((".", ")")), item.name
+
+
+def test_off_is_a_word_where_it_is_a_choice_whatever_yaml_says():
+    from nnunet_dgplugins.settings import DCAMClassifierSettings
+
+    for value in ("off", settings.parse_value("off")):
+        assert settings.build(DCAMClassifierSettings, {"pcnorm": value}, "here").pcnorm == "off"
+    with pytest.raises(BadInput, match="one of instance, batch"):
+        settings.build(DCAMClassifierSettings, {"pcnorm": "on"}, "here")
+    with pytest.raises(BadInput, match="expected str"):
+        settings.build(DCAMClassifierSettings, {"pcnorm": True}, "here")

@@ -26,10 +26,10 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["standard", "desam", "samsdg"]),
+    type=click.Choice(["standard", "desam", "samsdg", "dcam"]),
     default="standard",
     show_default=True,
-    help="Whose definition of the numbers: whole volumes in mm, or a paper's own.",
+    help="Whose definition of the numbers: whole volumes in mm, or a paper's own (dcam: IoU over a site's pixels).",
 )
 @click.option(
     "--partial", "partial_folder", is_flag=True, help="Evaluate the cases that have both a prediction and a label."

@@ -12,23 +12,25 @@ import click
 @click.option("--out", "number", type=click.IntRange(1, 999), required=True, help="Id of the new dataset.")
 @click.option("-f", "fold", default="0", show_default=True, help="Trained fold, a number or all.")
 @click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of the fold.")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Of the map. [default: the model's]")
-@click.option("--fusion", metavar="mean|max|N", help="One map of all modalities'. [default: the model's]")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Of the map; D-CAM: below it is background, where that is a class. [default: the model's]",
+)
+@click.option("--fusion", metavar="mean|max|N", help="(equivariant) One map of all modalities'. [default: the model's]")
 @click.option(
     "--gate",
     type=click.Choice(["tag", "predicted", "none"]),
-    default="tag",
-    show_default=True,
-    help="tag: slices known to be negative stay empty, positive ones that no network believes in take the ungated map.",
+    help="(equivariant) tag: slices known to be negative stay empty, positive ones that no network believes in take "
+    "the ungated map. [default: tag]",
 )
 @click.option(
     "--map",
     "kind",
     type=click.Choice(["cam", "grad_cam", "grad_cam_plus_plus"]),
-    default="cam",
-    show_default=True,
-    help="Class activation map, or one by gradients.",
+    help="(equivariant) Class activation map, or one by gradients. [default: cam]",
 )
+@click.option("--white/--no-white", default=None, help="(D-CAM) Leave white pixels out. [default: as the model's]")
 @click.option("--overwrite", is_flag=True, help="Replace a dataset made from another model or by other choices.")
 @click.option("--link/--copy", default=True, show_default=True, help="Link the images, or copy them.")
 @click.option("--device", help="Where the network runs. [default: CUDA if there is one]")
@@ -39,20 +41,23 @@ def command(
     checkpoint: str,
     threshold: float | None,
     fusion: str | None,
-    gate: str,
-    kind: str,
+    gate: str | None,
+    kind: str | None,
+    white: bool | None,
     overwrite: bool,
     link: bool,
     device: str | None,
 ) -> None:
     """Write the masks that MODEL_FOLDER draws on its training cases as an ordinary nnU-Net dataset.
 
-    Any trainer plans, trains and predicts on it. A page of examples (pseudo_labels.png) lies in the new dataset.
+    The model is one of EquivariantCAMTrainer or DCAMClassifierTrainer; options of the other are refused. Any trainer
+    plans, trains and predicts on the new dataset. A page of examples (pseudo_labels.png) lies in it.
     """
-    from nnunet_dgplugins.trainers.pseudo_labels import Choices, make_pseudo_labels
+    from nnunet_dgplugins.trainers.label_drawer import Choices
+    from nnunet_dgplugins.trainers.pseudo_labels import make_pseudo_labels
 
     folder = make_pseudo_labels(
-        model_folder, number, fold, checkpoint, Choices(threshold, fusion, gate, kind), link, overwrite, device,
+        model_folder, number, fold, checkpoint, Choices(threshold, fusion, gate, kind, white), link, overwrite, device,
         click.echo,
     )  # fmt: skip
     click.echo(f"Wrote {folder}\nNext: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")

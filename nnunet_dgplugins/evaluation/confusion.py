@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,10 @@ Matrix = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DatasetScores:
-    """What a confusion matrix says; NaN where nothing can be said.
+    """What a confusion matrix says; NaN where nothing can be said. Of many matrices, every number is an array (...).
 
     Args:
-        ious: intersection over union of each class (C,), NaN where neither truth nor prediction has it.
+        ious: intersection over union of each class (..., C), NaN where neither truth nor prediction has it.
         miou: mean over the classes that have a value.
         fwiou: mean weighted by the frequency of the class in the truth.
         accuracy: share of right pixels.
@@ -61,16 +62,27 @@ def confusion(
 
 def dataset_scores(matrix: Matrix) -> DatasetScores:
     """Return the scores of a matrix (C, C) or (C, C + 1), see :func:`confusion`."""
-    right = np.diagonal(matrix).astype(np.float64)
-    truth = matrix.sum(1).astype(np.float64)
-    predicted = matrix[:, : len(matrix)].sum(0)
+    return count_scores(np.diagonal(matrix), matrix.sum(1), matrix[:, : len(matrix)].sum(0))
+
+
+def count_scores(
+    right: npt.NDArray[Any], truth: npt.NDArray[Any], predicted: npt.NDArray[Any]
+) -> DatasetScores:  # fmt: skip
+    """Return the scores from what a matrix boils down to.
+
+    Args:
+        right: pixels of each class in truth and prediction alike (..., C).
+        truth: pixels of each class in the truth.
+        predicted: pixels of known truth that are predicted as the class.
+    """
+    right, truth, predicted = (np.asarray(values, np.float64) for values in (right, truth, predicted))
     ious = _ratio(right, truth + predicted - right)
-    present = truth > 0
+    total = truth.sum(-1)
     return DatasetScores(
         ious=ious,
         miou=_mean(ious),
-        fwiou=float((truth[present] * ious[present]).sum() / truth.sum()) if present.any() else np.nan,
-        accuracy=float(right.sum() / truth.sum()) if present.any() else np.nan,
+        fwiou=_ratio((truth * np.nan_to_num(ious)).sum(-1), total),  # without a value there is no truth either
+        accuracy=_ratio(right.sum(-1), total),
         class_accuracy=_mean(_ratio(right, truth)),
     )
 
@@ -83,10 +95,12 @@ def _positions(labels: npt.NDArray[np.integer], classes: Sequence[int]) -> npt.N
     return found
 
 
-def _ratio(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+def _ratio(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> Any:
+    """Return quotients, NaN where there is nothing to divide by; a number where both are one."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=np.asarray(below) > 0)[()]
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
+def _mean(values: npt.NDArray[np.float64]) -> Any:
+    """Return the mean over the last axis of the values that are known."""
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1).astype(np.float64))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
-from nnunet_dgplugins.evaluation import desam_protocol, metrics, samsdg_protocol
+from nnunet_dgplugins.evaluation import dcam_protocol, desam_protocol, metrics, samsdg_protocol
 from nnunet_dgplugins.evaluation.label_maps import LabelMap, read_label_map
 from nnunet_dgplugins.evaluation.metrics import Metric
 from nnunet_dgplugins.files import RAW, dataset_name, nnunet_folder, read_json
@@ -24,6 +24,7 @@ PROTOCOLS: dict[str, dict[str, Metric]] = {
     "standard": metrics.METRICS,
     "desam": desam_protocol.METRICS,
     "samsdg": samsdg_protocol.METRICS,
+    "dcam": dcam_protocol.METRICS,
 }
 COLUMNS = ["case", "site", "patient", "class", "metric", "value"]
 UNKNOWN_SITE = "unknown site"
@@ -110,7 +111,8 @@ class Evaluation:
         predictions: folder that was evaluated.
         labels: folder it was held against.
         protocol: one of :data:`PROTOCOLS`.
-        table: columns case, site, patient, class, metric, value. Under ``samsdg`` a "case" is a canvas.
+        table: columns case, site, patient, class, metric, value. Under ``samsdg`` a "case" is a canvas; under ``dcam``
+            the metrics are counts of pixels, from which :mod:`~.tables` makes the numbers of sites.
         notes: what a reader of the numbers has to know, one sentence each.
     """
 
@@ -137,7 +139,7 @@ def evaluate(
         dataset: the raw dataset the cases belong to.
         predictions: folder written by ``nnUNetv2_predict``.
         labels: folder of reference labels; None takes ``labelsTs`` of the dataset.
-        protocol: ``standard``, ``desam`` or ``samsdg``.
+        protocol: ``standard``, ``desam``, ``samsdg`` or ``dcam``.
         partial_folder: whether cases that lack a prediction or a label are left out instead of being a problem.
         jobs: processes.
 
@@ -149,13 +151,14 @@ def evaluate(
         raise UserError(f"No protocol '{protocol}'{nearest(protocol, PROTOCOLS)}.")
     from nnunet_dgplugins.parallel import run
 
+    classes = _patch_classes(dataset) if protocol == "dcam" else dataset.classes
     labels = labels or dataset.folder / "labelsTs"
     truths, guesses = dataset.files(labels), dataset.files(predictions)
     for folder, files in ((labels, truths), (predictions, guesses)):
         if not files:
             raise UserError(f"{folder}: no file ending in {dataset.file_ending}.")
     cases, problems, notes = _pair(dataset, truths, guesses, labels, predictions, partial_folder)
-    work = [(case, truths[case], guesses[case], dataset.classes, protocol) for case in cases]
+    work = [(case, truths[case], guesses[case], classes, protocol) for case in cases]
     results = run("Evaluating", _measure, work, jobs if len(work) >= _FEW_CASES else 1)
     for found in results:
         problems += found.problems
@@ -166,6 +169,15 @@ def evaluate(
     import pandas
 
     return Evaluation(dataset, predictions, labels, protocol, pandas.DataFrame(rows, columns=COLUMNS), notes)
+
+
+def _patch_classes(dataset: Dataset) -> Classes:
+    """Return the classes of protocol ``dcam``, which exclude each other: background too, unless it is no class."""
+    values = dataset.classes.values
+    if any(len(members) > 1 for members in values.values()):
+        raise UserError(f"{dataset.name}: protocol dcam counts classes that exclude each other, not regions.")
+    background = {dcam_protocol.BACKGROUND: (0,)} if dataset.table.protocol.get("background", True) else {}
+    return Classes({**background, **values}, dataset.classes.ignore)
 
 
 def _pair(
@@ -229,6 +241,8 @@ def _compare(protocol: str, truth: LabelMap, guess: LabelMap, classes: Classes) 
         return desam_protocol.case_dice(*pair, classes.values, classes.ignore)
     if protocol == "samsdg":
         return samsdg_protocol.slice_counts(*pair, classes.values, classes.ignore)
+    if protocol == "dcam":
+        return dcam_protocol.case_counts(*pair, classes.values)
     return metrics.class_metrics(*pair, truth.spacing, classes.values, classes.ignore)
 
 

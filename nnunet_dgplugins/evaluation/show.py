@@ -95,10 +95,11 @@ def correlation_line(correlation: Correlation) -> str:
 def _source_target(result: Evaluation, rows: list[dict[str, Any]]) -> Table:
     """The first metric of the protocol, one row per source and class, one column per unseen site."""
     first = next(iter(PROTOCOLS[result.protocol]))
-    unit = "canvases" if result.protocol == "samsdg" else "cases"
+    unit = {"samsdg": "canvases", "dcam": "patches"}.get(result.protocol, "cases")
     chosen = [row for row in rows if row["metric"] == first]
+    how = "all pixels of a site's patches" if result.protocol == "dcam" else "mean ± std"
     table = _table(
-        f"{PROTOCOLS[result.protocol][first].title}, mean ± std: trained on the row's site, tested on the column's"
+        f"{PROTOCOLS[result.protocol][first].title}, {how}: trained on the row's site, tested on the column's"
     )
     table.add_column("source")
     table.add_column("class", overflow="fold")
@@ -116,7 +117,8 @@ def _source_target(result: Evaluation, rows: list[dict[str, Any]]) -> Table:
 def _by_site(result: Evaluation, rows: list[dict[str, Any]]) -> Table:
     """All metrics, one row per class and site, the two means last."""
     shown = {key: metric for key, metric in PROTOCOLS[result.protocol].items() if key not in _ALWAYS_HIDDEN}
-    table = _table("By class and site, mean ± std over n")
+    over = "over all pixels of n patches" if result.protocol == "dcam" else "mean ± std over n"
+    table = _table(f"By class and site, {over}")
     table.add_column("class", overflow="fold")
     table.add_column("site")
     table.add_column("n", justify="right")
@@ -133,19 +135,17 @@ def _by_site(result: Evaluation, rows: list[dict[str, Any]]) -> Table:
             label = f"{site} (source)" if role == "source" else site
             table.add_row(name, label, str(count), *(_cell(item) if item else "-" for item in found))
         own = {row["metric"]: row for row in rows if row["class"] == name}
-        pooled = max((own[metric]["pooled"]["n"] for metric in shown), default=0)
-        table.add_row(
-            name, MEAN_OF_SITES, "", *(_value(own[metric]["mean_of_sites"]) for metric in shown), style="bold"
-        )
-        table.add_row(
-            name, POOLED, str(pooled), *(_cell(own[m]["pooled"]) for m in shown), style="bold", end_section=True
-        )
+        pooled = max((row["pooled"]["n"] for row in own.values()), default=0)
+        means = [_value(own[metric]["mean_of_sites"]) if metric in own else "-" for metric in shown]
+        table.add_row(name, MEAN_OF_SITES, "", *means, style="bold")
+        cells = [_cell(own[metric]["pooled"]) if metric in own else "-" for metric in shown]
+        table.add_row(name, POOLED, str(pooled), *cells, style="bold", end_section=True)
     return table
 
 
 def _cases(result: Evaluation, all_cases: bool) -> Table | None:
     """Every case if they are few or asked for, else those with the lowest Dice."""
-    if result.protocol == "samsdg":  # its unit is no case that could be looked up
+    if result.protocol in ("samsdg", "dcam"):  # the unit is no case that could be looked up, or only a sum of cases
         return None
     shown = {key: metric for key, metric in PROTOCOLS[result.protocol].items() if key not in _ALWAYS_HIDDEN}
     wide = result.table.pivot_table(
@@ -172,6 +172,8 @@ def _definitions(result: Evaluation) -> list[str]:
             unit = f", {metric.unit}" if metric.unit else ""
             lines += textwrap.wrap(f"{metric.title}{unit}: {metric.definition}", WIDTH, subsequent_indent="    ")
     general = ["P prediction, R reference. ± is the standard deviation over cases (n - 1)."]
+    if result.protocol == "dcam":
+        general = ["P prediction, R reference. Not averages over patches; background counts where it is a class."]
     if result.protocol == "standard":
         general.append(
             "Empty masks: only one of P, R empty = Dice 0, NSD 0, distances = the image's diagonal; both empty = not "

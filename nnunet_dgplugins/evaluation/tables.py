@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_dgplugins.evaluation import dcam_protocol
 from nnunet_dgplugins.evaluation.evaluate import PROTOCOLS, UNKNOWN_SITE, Evaluation
 from nnunet_dgplugins.files import write_bytes
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 JSON_FORMAT = 1
 MEAN_OF_CLASSES = "mean of classes"
 MEAN_OF_SITES, POOLED = "mean of sites", "pooled"
+_NOTHING: dict[str, Any] = {"mean": None, "std": None, "n": 0}
 
 
 def with_class_mean(table: pandas.DataFrame) -> pandas.DataFrame:
@@ -49,18 +51,30 @@ def source_name(result: Evaluation) -> str:
     return " + ".join(result.dataset.table.sources) or UNKNOWN_SITE
 
 
+def described(table: pandas.DataFrame, protocol: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return mean, std and n of a group of cases by class and metric; the mean is that over pixels under ``dcam``."""
+    if protocol == "dcam":
+        n = table["case"].nunique()
+        return {key: _numbers(value, math.nan, n) for key, value in dcam_protocol.pooled(table).items()} if n else {}
+    found = summary(with_class_mean(table), ["class", "metric"])
+    return {
+        (str(row["class"]), str(row["metric"])): _numbers(row["mean"], row["std"], row["n"])
+        for row in found.to_dict("records")
+    }
+
+
 def sites_table(result: Evaluation) -> list[dict[str, Any]]:
     """Return mean, std and n for each site, class and metric."""
-    found = summary(with_class_mean(result.table), ["site", "class", "metric"]).sort_values("site", kind="stable")
     return [
         {
-            "site": row["site"],
-            "role": "source" if row["site"] in result.dataset.table.sources else "target",
-            "class": row["class"],
-            "metric": row["metric"],
-            **_numbers(row["mean"], row["std"], row["n"]),
+            "site": site,
+            "role": "source" if site in result.dataset.table.sources else "target",
+            "class": name,
+            "metric": metric,
+            **numbers,
         }
-        for row in found.to_dict("records")
+        for site, part in result.table.groupby("site")
+        for (name, metric), numbers in described(part, result.protocol).items()
     ]
 
 
@@ -70,25 +84,32 @@ def matrix(result: Evaluation) -> list[dict[str, Any]]:
     ``sites`` holds each unseen site by name; ``mean_of_sites`` is the unweighted mean of their means; ``pooled`` takes
     all their cases as one group. Cases of the source, if any were evaluated, are in neither.
     """
-    table = with_class_mean(result.table)
-    targets = target_sites(result)
+    targets, table = target_sites(result), result.table
+    by_site = {site: described(table[table["site"] == site], result.protocol) for site in targets}
+    together = described(table[table["site"].isin(targets)], result.protocol)
     rows = []
-    for name in table["class"].unique():
-        for metric in PROTOCOLS[result.protocol]:
-            chosen = table[(table["class"] == name) & (table["metric"] == metric) & table["site"].isin(targets)]
-            sites = {site: _describe(chosen[chosen["site"] == site]["value"]) for site in targets}
-            means = [item["mean"] for item in sites.values() if item["mean"] is not None]
-            rows.append(
-                {
-                    "source": source_name(result),
-                    "class": str(name),
-                    "metric": metric,
-                    "sites": sites,
-                    "mean_of_sites": sum(means) / len(means) if means else None,
-                    "pooled": _describe(chosen["value"]),
-                }
-            )
+    for name, metric in _keys(result):
+        sites = {site: found.get((name, metric), _NOTHING) for site, found in by_site.items()}
+        means = [item["mean"] for item in sites.values() if item["mean"] is not None]
+        rows.append(
+            {
+                "source": source_name(result),
+                "class": name,
+                "metric": metric,
+                "sites": sites,
+                "mean_of_sites": sum(means) / len(means) if means else None,
+                "pooled": together.get((name, metric), _NOTHING),
+            }
+        )
     return rows
+
+
+def _keys(result: Evaluation) -> list[tuple[str, str]]:
+    """Return classes and metrics in the order of the table."""
+    if result.protocol == "dcam":
+        return list(dcam_protocol.pooled(result.table))
+    classes = with_class_mean(result.table)["class"].unique()
+    return [(str(name), metric) for name in classes for metric in PROTOCOLS[result.protocol]]
 
 
 def to_json(result: Evaluation, doubt: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -116,12 +137,17 @@ def to_json(result: Evaluation, doubt: Mapping[str, Any] | None = None) -> dict[
 
 
 def write_csv(result: Evaluation, path: Path) -> None:
-    """Write the tidy table, one value per line, in one step; a number that is not defined is an empty field."""
-    write_bytes(path, result.table.to_csv(index=False, lineterminator="\n").encode())
+    """Write the tidy table, one value per line, in one step; a number that is not defined is an empty field.
 
+    Under ``dcam`` the sites' numbers follow the counts of the cases; their lines name no case.
+    """
+    import pandas
 
-def _describe(values: pandas.Series) -> dict[str, Any]:
-    return _numbers(values.mean(), values.std(), values.count())
+    table = result.table
+    if result.protocol == "dcam":
+        lines = [{**item, "case": "", "value": item["mean"]} for item in sites_table(result)]
+        table = pandas.concat([table, pandas.DataFrame(lines, columns=table.columns)], ignore_index=True)
+    write_bytes(path, table.to_csv(index=False, lineterminator="\n").encode())
 
 
 def _numbers(mean: float, std: float, n: int) -> dict[str, Any]:

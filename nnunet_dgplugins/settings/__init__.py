@@ -131,6 +131,9 @@ def trial_settings() -> dict[str, Any]:
     return content
 
 
+_SWITCH = {False: ("off", "no"), True: ("on", "yes")}
+
+
 def _checked(value: Any, hint: Any, rules: Mapping[str, Any]) -> tuple[Any, str]:
     """Return the value in its declared type and what was expected, "" when it is fine."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -143,6 +146,9 @@ def _checked(value: Any, hint: Any, rules: Mapping[str, Any]) -> tuple[Any, str]
         value = float(value)
     if isinstance(value, str) and float in allowed and str not in allowed:
         value = parse_value(value)  # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, bool) and bool not in allowed:
+        # YAML 1.1 reads off as false
+        value = next((word for word in _SWITCH[value] if word in (rules["choices"] or ())), value)
     kinds = tuple(kind for kind in allowed if isinstance(kind, type))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         return value, " or ".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataset_conversion._registry import load_converter
@@ -18,8 +18,8 @@ PLANNERS = {
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
 ALL = "all"  # stands for the source where a dataset has none
-#: protocol of ``dgplugins evaluate`` -> its Dice
-PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg"}
+#: protocol of ``dgplugins evaluate`` -> the number of its tables
+PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg", "dcam": "miou"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Data:
         first_id: nnU-Net id of the first source and ratio; the others follow.
         sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
         ratios: labelled shares, each a dataset of its own; empty for all labels.
-        options: further words after ``dgplugins convert``.
+        options: further words after ``dgplugins convert``; ``{download}`` is the folder that is converted.
+        masks: words instead of ``options`` that convert the twin of data with tags, whose training cases have masks:
+            what methods with ``masks`` train on.
         spacing: target spacing in mm, slices first, instead of the planned one: coarser images for a quick study.
     """
 
@@ -46,12 +48,18 @@ class Data:
     prepare: str | None = None
     ratios: tuple[float, ...] = ()
     options: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
     spacing: tuple[float, ...] = ()
 
     @property
     def weak(self) -> bool:
         """Whether its training cases have tags instead of masks."""
         return bool(load_converter(self.convert).FACTS.tags) and "masks" not in self.options
+
+    @property
+    def twin(self) -> Data:
+        """The same collection with the masks of its training cases."""
+        return replace(self, options=self.masks, masks=())
 
     def variants(self) -> list[tuple[str, float | None, int]]:
         """Return source, ratio (None: all labels) and id of every dataset."""
@@ -68,22 +76,31 @@ class Method:
         trainer: name after ``-tr``.
         plans: a key of :data:`PLANNERS`.
         settings: of a trainer of this package, as for ``dgplugins configure --set``.
+        earlier_settings: likewise, of the trainer of the stage before.
         batch_size: instead of the planned one, for trainers that use it; ResEnc presets plan for a GPU's memory.
         patch_size: instead of the planned one, likewise.
         width_divisor: channels of the planned network over this, likewise.
         pseudo_labels: a method of tags, named before this one, whose pseudo labels it trains on.
         pseudo_options: further words after ``dgplugins pseudo-labels``.
+        masks: train on the masks that the dataset's ``masks`` bring: the ceiling of methods that learn from tags.
     """
 
     name: str
     trainer: str
     plans: str = "nnUNetPlans"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    earlier_settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
     patch_size: tuple[int, ...] = ()
     width_divisor: int = 1
     pseudo_labels: str | None = None
     pseudo_options: tuple[str, ...] = ()
+    masks: bool = False
+
+    @property
+    def earlier(self) -> str:
+        """The trainer of the stage before; "" where there is none."""
+        return TRAINERS[self.trainer].after if self.trainer in TRAINERS else ""
 
     @property
     def smaller(self) -> tuple[str, ...]:
@@ -91,6 +108,12 @@ class Method:
         words: tuple[str, ...] = ("--batch-size", str(self.batch_size)) if self.batch_size else ()
         words += ("--patch-size", " ".join(map(str, self.patch_size))) if self.patch_size else ()
         return words + (("--width-divisor", str(self.width_divisor)) if self.width_divisor != 1 else ())
+
+    @property
+    def planned(self) -> bool:
+        """Whether it trains nnU-Net's planned network, which may be made smaller."""
+        own = TRAINERS.get(self.trainer)
+        return own is None or own.planned or self.settings.get("network") == "planned"
 
     @property
     def reads_tags(self) -> bool:
@@ -128,5 +151,5 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """The metric of the tables unless another is asked for: the protocol's Dice."""
+        """The metric of the tables unless another is asked for: the protocol's own."""
         return PROTOCOLS[self.protocol]

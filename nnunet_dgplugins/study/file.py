@@ -133,20 +133,24 @@ class _Reader:
         plans = values.get("plans", "nnUNetPlans")
         if plans not in PLANNERS:
             self.note(where, f"no plans '{plans}'{nearest(plans, PLANNERS)}")
-        chosen = {
-            key: self._expanded(f"{where}, {key}", value) if isinstance(value, str) else value
-            for key, value in values.get("settings", {}).items()
-        }
-        values["settings"] = chosen
-        if chosen and trainer not in TRAINERS:
-            self.note(f"{where}, settings", f"{trainer} is not of this package", "no settings")
-        elif chosen:
-            self._settings(f"{where}, settings", trainer, chosen)
+        for kind in ("settings", "earlier_settings"):
+            values[kind] = {
+                key: self._expanded(f"{where}, {key}", value) if isinstance(value, str) else value
+                for key, value in values.get(kind, {}).items()
+            }
         method = Method(name=name, **values)
+        for kind, owner, lack in (
+            ("settings", trainer if trainer in TRAINERS else "", f"{trainer} is not of this package"),
+            ("earlier_settings", method.earlier, f"{trainer} has no stage before"),
+        ):
+            if values[kind] and not owner:
+                self.note(f"{where}, {kind}", lack, f"no {kind}")
+            elif values[kind]:
+                self._settings(f"{where}, {kind}", owner, values[kind])
         sizes = (method.batch_size if method.batch_size is not None else 1, *method.patch_size, method.width_divisor)
         if min(sizes) < 1:
             self.note(f"{where}, batch_size, patch_size, width_divisor", str(min(sizes)), "1 or more")
-        if method.smaller and trainer in TRAINERS and not TRAINERS[trainer].planned:
+        if method.smaller and not method.planned:
             self.note(where, " ".join(method.smaller), f"settings of {trainer}, which builds a network of its own")
         return method
 
@@ -233,16 +237,26 @@ class _Reader:
             where = f"method {method.name}"
             if method.pseudo_labels and method.pseudo_labels not in earlier:
                 self.note(f"{where}, pseudo_labels", method.pseudo_labels, "a method of tags named before it")
-            if method.pseudo_labels and (method.plans != "nnUNetPlans" or method.smaller or method.settings):
-                self.note(where, "plans, sizes or settings", "a method of pseudo labels has nnU-Net's own plans")
+            if method.pseudo_labels and (method.plans != "nnUNetPlans" or method.settings):
+                self.note(where, "plans or settings", "a method of pseudo labels has nnU-Net's own plans")
+            if method.masks:
+                self._ceiling(where, method, known)
             if method.pseudo_options and not method.pseudo_labels:
                 self.note(f"{where}, pseudo_options", repr(list(method.pseudo_options)), "pseudo_labels too")
             if method.reads_tags:
                 earlier.add(method.name)
-            if weak and not method.reads_tags and not method.pseudo_labels:
+            if weak and not (method.reads_tags or method.pseudo_labels or method.masks):
                 self.note(where, f"{method.trainer} learns from masks, and {weak[0]} has tags", "pseudo_labels: METHOD")
             if known and (method.reads_tags or method.pseudo_labels) and len(weak) < len(known):
                 self.note(where, f"{method.trainer} here learns from tags, and not every dataset has them")
+
+    def _ceiling(self, where: str, method: Method, datasets: list[Data]) -> None:
+        """Note why a method cannot train on the masks of the datasets' twins."""
+        if method.reads_tags or method.pseudo_labels:
+            self.note(f"{where}, masks", f"{method.trainer} here learns from tags", "a trainer that learns from masks")
+        for data in datasets:
+            if not (data.weak and data.masks):
+                self.note(f"{where}, masks", f"dataset {data.name} has none", "masks: [--supervision, masks, ...]")
 
     def _ids(self, datasets: list[Data], pseudo: int, values: Mapping[str, Any]) -> None:
         owner: dict[int, str] = {}
@@ -252,9 +266,9 @@ class _Reader:
                 for source, ratio, number in data.variants()
             ]
             first = data.first_id + len(names)
-            names += [
-                (f"{data.name}, pseudo labels", first + i) for i in range(pseudo * len(values.get("seeds", (0,))))
-            ]
+            count = pseudo * len(values.get("seeds", (0,)))
+            names += [(f"{data.name}, pseudo labels", first + i) for i in range(count)]
+            names += [(f"{data.name}, masks", first + count)] if data.masks else []
             for title, number in names:
                 if not 1 <= number <= 999:
                     self.note(f"dataset {data.name}", f"id {number} for {title}", "1 to 999")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.data import splits
+from nnunet_dgplugins.evaluation import dcam_protocol
 from nnunet_dgplugins.files import read_json, write_bytes, write_json
 from nnunet_dgplugins.study.beside import AVERAGES, published_rows
 from nnunet_dgplugins.study.definition import Data, Study
@@ -61,10 +62,17 @@ def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
     """Return one number per method, source, target and seed: the mean over cases of the mean over classes.
 
     The target ``mean unseen`` is the unweighted mean over the unseen sites, ``pooled unseen`` that over their cases.
+    Numbers of protocol ``dcam`` are those of all pixels of a site, or of all unseen sites, instead of means of cases.
     """
     import pandas
 
     keys = ["dataset", "ratio", "source", "method", "seed", "split", "target"]
+    if metric in dcam_protocol.METRICS:
+        unseen = table[table["split"] == UNSEEN]
+        sites, pooled = _over_pixels(table, keys, metric), _over_pixels(unseen, keys[:-1], metric)
+        seen = sites[sites["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean()
+        named = [part.assign(target=name) for part, name in zip((seen.reset_index(), pooled), _AVERAGES, strict=True)]
+        return pandas.concat([sites, *named], ignore_index=True)
     chosen = table[table["metric"] == metric]
     cases = chosen.groupby([*keys, "case"], dropna=False, sort=False)["value"].mean().reset_index()
     sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
@@ -74,6 +82,18 @@ def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
     ]
     named = [part.assign(target=name) for part, name in zip(averages, _AVERAGES, strict=True)]
     return pandas.concat([sites, *named], ignore_index=True)
+
+
+def _over_pixels(table: pandas.DataFrame, keys: list[str], metric: str) -> pandas.DataFrame:
+    """Return the number over all pixels of each group of cases."""
+    import pandas
+
+    counts = dcam_protocol.counts_of(table, [*keys, "class"])
+    rows = [
+        (*values, float(dcam_protocol.score(part.to_numpy(), metric)))
+        for values, part in counts.groupby(level=keys, dropna=False, sort=False)
+    ]
+    return pandas.DataFrame(rows, columns=[*keys, "value"])
 
 
 def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
@@ -88,6 +108,7 @@ def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") ->
 
     A case's gain is its mean over classes and over the seeds that both methods have. Patients are drawn with
     replacement within each site, 2000 times; the interval is the middle 95 % of the mean difference over sites.
+    Numbers of protocol ``dcam`` are taken over all pixels of the patients drawn, then over seeds and sites.
 
     Returns:
         Per dataset, ratio, source and method: ``difference``, ``low``, ``high``, ``cases``.
@@ -95,20 +116,53 @@ def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") ->
     import pandas
 
     keys = ["dataset", "ratio", "source"]
-    chosen = table[(table["metric"] == metric) & (table["split"] == UNSEEN)]
-    one = [*keys, "target", "patient", "case"]
-    case = chosen.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean()
-    wide = case.unstack("method")
     rows: list[dict[str, Any]] = []
-    if baseline not in wide:
-        return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
-    for values, part in wide.groupby(level=keys, dropna=False, sort=False):
-        for method in wide.columns.drop(baseline):
-            gain = (part[method] - part[baseline]).dropna().groupby(level=one, dropna=False, sort=False).mean()
-            if len(gain):
-                where = dict(zip(keys, values, strict=True))
-                rows.append({**where, "method": method, **_interval(gain), "cases": len(gain)})
+    chosen = table[table["split"] == UNSEEN]
+    gains = _pixel_gains if metric in dcam_protocol.METRICS else _case_gains
+    for values, part in chosen.groupby(keys, dropna=False, sort=False):
+        where = dict(zip(keys, values, strict=True))
+        for method in part["method"].unique():
+            if method != baseline and (found := gains(part, str(method), baseline, metric)):
+                rows.append({**where, "method": method, **found})
     return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
+
+
+def _case_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
+    """Return a method's mean gain on the cases that both have, its interval, and their number; nothing without any."""
+    one = ["target", "patient", "case"]
+    both = table[(table["metric"] == metric) & table["method"].isin([method, baseline])]
+    wide = both.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean().unstack("method")
+    if not {method, baseline} <= set(wide.columns):
+        return {}
+    gain = (wide[method] - wide[baseline]).dropna().groupby(level=one, dropna=False, sort=False).mean()
+    return {**_interval(gain), "cases": len(gain)} if len(gain) else {}
+
+
+def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
+    """Return the same of numbers over all pixels; seeds that one of the two lacks do not count."""
+    import numpy as np
+
+    pair = [method, baseline]
+    seeds = set.intersection(*(set(table.loc[table["method"] == name, "seed"]) for name in pair))
+    both = table[table["method"].isin(pair) & table["seed"].isin(seeds) & table["metric"].isin(dcam_protocol.COUNTS)]
+    if both.empty:
+        return {}
+    random = np.random.default_rng(0)
+    middle: list[Any] = []
+    drawn: list[Any] = []
+    for _, part in both.groupby("target", sort=False):
+        names = [part[key].unique() for key in ("patient", "seed", "class")]
+        sums = dcam_protocol.counts_of(part, ["patient", "method", "seed", "class"])
+        order = [(p, m, s, c) for p in names[0] for m in pair for s in names[1] for c in names[2]]
+        counts = sums.reindex(order, fill_value=0.0).to_numpy().reshape(len(names[0]), 2, *map(len, names[1:]), 3)
+        count = len(counts)
+        weights = random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
+        for kept, times in ((middle, np.ones((1, count))), (drawn, weights)):
+            scores = dcam_protocol.score(np.tensordot(times, counts, 1), metric).mean(-1)  # over seeds
+            kept.append(scores[:, 0] - scores[:, 1])
+    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
+    ends = {"low": float(low), "high": float(high)}
+    return {"difference": float(np.mean(middle)), **ends, "cases": both["case"].nunique()}
 
 
 def _interval(gain: pandas.Series) -> dict[str, float]:
@@ -149,7 +203,7 @@ class Printed:
 
 
 def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) -> list[Printed]:
-    """Return the tables as text, of the protocol's Dice or another metric; brackets mark the source's own cases."""
+    """Return the tables as text, of the protocol's metric or another; brackets mark the source's own cases."""
     metric = metric or study.metric
     gains = differences(table, study.baseline, metric) if study.baseline else None
     lines = matrix(table, metric)

@@ -135,8 +135,16 @@ class _Collection:
         if self.data.prepare:
             words = [word.format(download=self.download) for word in shlex.split(self.data.prepare)]
             needs = (self.add("prepare", "prepare", words),)
-        for source, ratio, number in self.data.variants():
-            _Variant(self, source, ratio, number).expand(needs)
+        variants, methods = self.data.variants(), self.study.methods
+        own = [method for method in methods if not method.masks]
+        for source, ratio, number in variants:
+            _Variant(self, self.data, own, source, ratio, number).expand(needs)
+        ceilings = [method for method in methods if method.masks]
+        if ceilings:
+            pseudo = sum(bool(method.pseudo_labels) for method in methods) * len(self.study.seeds)
+            source, ratio, _ = variants[0]  # data with tags have one
+            number = self.data.first_id + len(variants) + pseudo
+            _Variant(self, self.data.twin, ceilings, source, ratio, number).expand(needs)
         return self.made
 
     def add(
@@ -162,22 +170,26 @@ class _Collection:
 
 
 class _Variant:
-    """Expands one source and ratio of a collection: one nnU-Net dataset."""
+    """Expands one source and ratio of a collection, or its twin with masks: one nnU-Net dataset and its methods."""
 
-    def __init__(self, collection: _Collection, source: str, ratio: float | None, number: int):
+    def __init__(
+        self, collection: _Collection, data: Data, methods: Sequence[Method], source: str, ratio: float | None,
+        number: int,
+    ):  # fmt: skip
         self.all, self.study, self.source, self.ratio = collection, collection.study, source, ratio
+        self.data, self.methods = data, methods
         self.id = str(number)
-        self.title = source + (f" {ratio:g}" if ratio else "")
+        self.title = source + (f" {ratio:g}" if ratio else "") + ("" if data is collection.data else " masks")
         words = [collection.download, "--id", self.id, *([] if source == ALL else ["--source", source])]
         words += [] if ratio is None else ["--ratio", f"{ratio:g}"]
-        self.words = [*words, *collection.data.options]
-        self.dataset = planned_name(load_converter(collection.data.convert), self.words)
+        self.words = [*words, *(word.replace("{download}", collection.download) for word in data.options)]
+        self.dataset = planned_name(load_converter(data.convert), self.words)
         # training of each method of tags by seed, and its model folder: pseudo labels are made of them
         self.teachers: dict[tuple[str, int], tuple[str, Path, Mapping[str, str]]] = {}
-        self.pseudo_id = collection.data.first_id + len(collection.data.variants())
+        self.pseudo_id = data.first_id + len(data.variants())
 
     def expand(self, needs: tuple[str, ...]) -> None:
-        data, configuration = self.all.data, self.study.configuration
+        data, configuration = self.data, self.study.configuration
         convert = ["dgplugins", "convert", data.convert, *self.words]
         converted = self.all.add(f"convert {self.title}", "convert", convert, needs)
         spacing = ["-overwrite_target_spacing", *(f"{length:g}" for length in data.spacing)] if data.spacing else []
@@ -192,7 +204,7 @@ class _Variant:
             )
         }
         ready: list[tuple[Method, str, str]] = []
-        for method in self.study.methods:
+        for method in self.methods:
             if method.plans not in planned:
                 words = ["nnUNetv2_plan_experiment", "-d", self.id, "-pl", PLANNERS[method.plans], *spacing]
                 planned[method.plans] = self.all.add(
@@ -212,14 +224,20 @@ class _Variant:
         """Add what a method needs before its trainings; return the name of its plans and the key to wait for."""
         plans, ready, name = method.plans, planned, f"{self.title} {method.name}"
         own = method.trainer in TRAINERS
-        if method.smaller or method.settings:
-            mark = content_hash([method.smaller, dict(method.settings)])[:8]
+        if method.pseudo_labels:  # it trains on another dataset
+            return plans, ready
+        steps = [(method.trainer, method.settings, method.smaller)] if method.smaller or method.settings else []
+        steps += [(method.earlier, method.earlier_settings, ())] if method.earlier_settings else []
+        if steps:
+            mark = content_hash([method.smaller, *(dict(chosen) for _, chosen, _ in steps)])[:8]
             plans = f"{method.plans}_{slug(method.name)}_{mark}"
-            words = ["dgplugins", "configure", self.id, "-p", method.plans, "-o", plans, "-c", self.study.configuration]
-            words += method.smaller
-            if method.settings:
-                words += ["-tr", method.trainer, "--set", *_set_words(method.settings)]
-            ready = self.all.add(f"configure {name}", "configure", words, (planned,))
+        source = method.plans
+        for trainer, chosen, smaller in steps:
+            words = ["dgplugins", "configure", self.id, "-p", source, "-o", plans, "-c", self.study.configuration]
+            words += [*smaller, *(["-tr", trainer, "--set", *_set_words(chosen)] if chosen else [])]
+            title = "configure stage before" if trainer != method.trainer else "configure"
+            ready = self.all.add(f"{title} {name}", "configure", words, (ready,))
+            source = plans
         if own and "sam" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
             words = ["dgplugins", "embed", self.id, "-tr", method.trainer, "-p", plans, "--device", self.all.device]
             ready = self.all.add(
@@ -233,7 +251,7 @@ class _Variant:
         name = f"{self.title} {method.name} seed {seed}"
         number, dataset = self.id, self.dataset
         if method.pseudo_labels:
-            number, dataset, ready = self._pseudo_labels(method, seed, name)
+            number, dataset, plans, ready = self._pseudo_labels(method, plans, seed, name)
         mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration])[:8]
         parts = (f"{slug(self.all.data.name)}_{slug(self.title)}", slug(method.name), f"seed{seed}-{mark}")
         folder = self.all.out.joinpath("runs", *parts)
@@ -253,7 +271,7 @@ class _Variant:
         model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
         self.teachers[method.name, seed] = trained, model, own
         # a weak dataset keeps the masks of validation cases apart, and trainers of tags their predictions
-        truth = raw / (VALIDATION_MASKS if self.all.data.weak else "labelsTr")
+        truth = raw / (VALIDATION_MASKS if self.data.weak else "labelsTr")
         held_out = model / "fold_0" / (CAM_VALIDATION if method.reads_tags else "validation")
         source = ["dgplugins", "evaluate", number, str(held_out), "--labels", str(truth)]
         protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
@@ -267,8 +285,8 @@ class _Variant:
         unseen = ["dgplugins", "evaluate", number, predictions, "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
 
-    def _pseudo_labels(self, method: Method, seed: int, name: str) -> tuple[str, str, str]:
-        """Add the dataset of another method's pseudo labels; return its id, its name and the key to wait for."""
+    def _pseudo_labels(self, method: Method, plans: str, seed: int, name: str) -> tuple[str, str, str, str]:
+        """Add the dataset of another method's pseudo labels; return its id, name, plans and the key to wait for."""
         trained, model, own = self.teachers[str(method.pseudo_labels), seed]
         number, self.pseudo_id = str(self.pseudo_id), self.pseudo_id + 1
         words = ["dgplugins", "pseudo-labels", str(model), "--out", number, "--device", self.all.device, "--overwrite"]
@@ -277,7 +295,12 @@ class _Variant:
         )  # fmt: skip
         plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.study.configuration, "-np", "1", "-npfp", "1"]
         ready = self.all.add(f"plan {name}", "plan", [*plan, "--no_pbar"], (made,), _PLANNING, seed=seed)
-        return number, f"Dataset{int(number):03d}_{self.dataset[11:]}_pseudo", ready
+        if method.smaller:
+            words = ["dgplugins", "configure", number, "-p", plans, "-o", f"{plans}_small", "-c"]
+            plans = f"{plans}_small"
+            words += [self.study.configuration, *method.smaller]
+            ready = self.all.add(f"configure {name}", "configure", words, (ready,), seed=seed)
+        return number, f"Dataset{int(number):03d}_{self.dataset[11:]}_pseudo", plans, ready
 
 
 def _stages(trainer: str) -> list[str]:

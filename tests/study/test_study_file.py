@@ -246,7 +246,7 @@ def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
     files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
     studies = {file.stem: read_study(file) for file in files}
-    assert list(studies) == ["desam", "encoders", "epl", "equivariant"]
+    assert list(studies) == ["dcam", "desam", "encoders", "epl", "equivariant"]
     for study in studies.values():
         assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
     assert studies["encoders"].methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
@@ -315,7 +315,7 @@ def test_pseudo_labels_are_a_dataset_of_each_seed_behind_the_training_they_come_
 def test_methods_of_masks_and_of_tags_are_not_mixed_up(tmp_path: Path):
     methods = {
         "stock": {"trainer": "nnUNetTrainer"},
-        "early": {"trainer": "nnUNetTrainer", "pseudo_labels": "CAM", "batch_size": 4},
+        "early": {"trainer": "nnUNetTrainer", "pseudo_labels": "CAM", "plans": "nnUNetResEncUNetMPlans"},
         "CAM": {"trainer": "EquivariantCAMTrainer"},
         "loose": {"trainer": "EquivariantCAMTrainer", "pseudo_options": ["--threshold", "0.4"]},
     }
@@ -333,3 +333,101 @@ def test_methods_of_masks_and_of_tags_are_not_mixed_up(tmp_path: Path):
     assert any("Dataset740_BraTS2019_T1-T2_masks/labelsTr" in task.typed for task in twin)
     with pytest.raises(BadInput, match="splits its cases itself"):
         lesions(tmp_path, datasets={"lesions": {**LESIONS["datasets"]["lesions"], "sources": ["CBICA"]}})
+
+
+# ---------------------------------------------------------------- two stages, and the ceiling
+
+TISSUE = {
+    "datasets": {
+        "tissue": {
+            "convert": "luad-histoseg",
+            "prepare": "python -m nnunet_dgplugins.histology_phantom {download}",
+            "first_id": 770,
+            "options": ["--target", "bcss-wsss={download}_target"],
+            "masks": ["--supervision", "masks", "--train-masks", "{download}/train_masks"],
+        }
+    },
+    "methods": {
+        "stage 1": {"trainer": "DCAMClassifierTrainer", "settings": {"width_divisor": 32}},
+        "stage 2": {
+            "trainer": "DCAMTrainer",
+            "settings": {"network": "planned"},
+            "earlier_settings": {"width_divisor": 16},
+            "width_divisor": 4,
+        },
+        "stock": {"trainer": "nnUNetTrainer", "pseudo_labels": "stage 1", "width_divisor": 4},
+        "ceiling": {"trainer": "nnUNetTrainer", "masks": True, "width_divisor": 4},
+    },
+    "baseline": "stock",
+    "protocol": "dcam",
+    "seeds": [0, 1],
+    "budget": {"iterations": 10},
+}
+
+
+def tissue(folder: Path, **changes: object) -> dict[str, Task]:
+    path = folder / "tissue.yaml"
+    path.write_text(yaml.safe_dump({**TISSUE, **changes}, sort_keys=False))
+    return {task.name.removeprefix("tissue: "): task for task in expand(read_study(path), folder / "out", "cpu")}
+
+
+def test_both_stages_have_their_settings_in_one_plans_file(tmp_path: Path):
+    tasks = tissue(tmp_path)
+    own, before = tasks["configure all stage 2"].command, tasks["configure stage before all stage 2"].command
+    plans = own[own.index("-o") + 1]
+    assert own[-3:] == ("DCAMTrainer", "--set", "network=planned")
+    assert own[own.index("--width-divisor") + 1] == "4"
+    assert before[-3:] == ("DCAMClassifierTrainer", "--set", "width_divisor=16")
+    assert before[before.index("-p") + 1] == before[before.index("-o") + 1] == plans
+    first = tasks["train stage 1 all stage 2 seed 0"]
+    assert first.needs == (tasks["configure stage before all stage 2"].key,)
+    assert first.command[first.command.index("-p") + 1] == plans
+    assert tasks["train all stage 2 seed 0"].needs == (first.key,)
+    methods = {**TISSUE["methods"], "stage 2": {**TISSUE["methods"]["stage 2"], "earlier_settings": {}}}
+    other = tissue(tmp_path, methods=methods)
+    assert other["train stage 1 all stage 2 seed 0"].key != first.key
+    assert other["train all stage 1 seed 0"].key == tasks["train all stage 1 seed 0"].key
+
+
+def test_the_ceiling_trains_on_a_twin_with_masks_and_is_tested_on_the_same_patches(tmp_path: Path):
+    tasks = tissue(tmp_path)
+    convert, weak = tasks["convert all masks"], tasks["convert all"]
+    download = weak.command[3]
+    assert weak.command[-2:] == ("--target", f"bcss-wsss={download}_target")
+    assert convert.command[-1] == f"{download}/train_masks"
+    # its id is behind those of the pseudo labels of two seeds
+    assert convert.command[convert.command.index("--id") :][:2] == ("--id", "773")
+    source = tasks["evaluate source all masks ceiling seed 1"].typed
+    assert "Dataset773_LUADHistoSeg_4classes_masks/labelsTr" in source
+    assert "fold_0/validation " in source
+    assert "--protocol dcam" in source
+    runs = {tasks[name].run for name in ("train all masks ceiling seed 0", "train all stage 1 seed 0")}
+    assert {(run.dataset, run.source) for run in runs if run} == {("tissue", "all")}
+    assert not any("ceiling" in name for name in tasks if " masks" not in name)
+
+
+def test_a_stock_trainer_on_pseudo_labels_may_be_smaller(tmp_path: Path):
+    tasks = tissue(tmp_path)
+    configured = tasks["configure all stock seed 0"]
+    assert configured.needs == (tasks["plan all stock seed 0"].key,)
+    assert configured.command[-2:] == ("--width-divisor", "4")
+    train = tasks["train all stock seed 0"]
+    assert train.needs == (configured.key,)
+    assert train.command[train.command.index("-p") + 1] == "nnUNetPlans_small"
+
+
+def test_settings_of_a_stage_that_is_not_there_and_masks_that_are_not_there_are_refused(tmp_path: Path):
+    methods = {
+        "stage 1": {"trainer": "DCAMClassifierTrainer", "earlier_settings": {"width_divisor": 16}},
+        "stage 2": {"trainer": "DCAMTrainer", "earlier_settings": {"widht": 16}, "width_divisor": 2},
+        "ceiling": {"trainer": "DCAMTrainer", "masks": True},
+    }
+    datasets = {"tissue": {key: value for key, value in TISSUE["datasets"]["tissue"].items() if key != "masks"}}
+    with pytest.raises(BadInput) as error:
+        tissue(tmp_path, methods=methods, datasets=datasets, baseline="stage 1")
+    text = str(error.value)
+    assert "method stage 1, earlier_settings: DCAMClassifierTrainer has no stage before" in text
+    assert "unknown setting 'widht'" in text
+    assert "method stage 2: --width-divisor 2" in text
+    assert "DCAMTrainer here learns from tags" in text
+    assert "dataset tissue has none; expected masks" in text

@@ -178,3 +178,63 @@ def test_simulated_sites_are_called_so_in_every_table(tmp_path: Path):
     write_results(made(tmp_path), replace(STUDY, datasets=(data,)), tmp_path)
     assert "### d, SIMULATED sites" in (tmp_path / "results.md").read_text()
     assert "SIMULATED" in json.loads((tmp_path / "results.json").read_text())["datasets"]["d"]
+
+
+# ---------------------------------------------------------------- numbers over all pixels
+
+PIXELS = replace(STUDY, protocol="dcam", datasets=(Data("d", "luad-histoseg", 701, prepare="x {download}"),))
+#: method: case: pixels right, of 10 of each of two classes; what is wrong is predicted as the other class
+RIGHT = {"stock": {"B0": (5, 5), "B1": (5, 5)}, "ours": {"B0": (10, 10), "B1": (7, 9)}}
+
+
+def counted(out: Path, seeds: dict[str, tuple[int, ...]] | None = None) -> list[Task]:
+    """Runs of two methods whose pixels are known by hand; the second seed of ours is the first one's mirror."""
+    tasks = []
+    for method, cases in RIGHT.items():
+        for seed in (seeds or {}).get(method, (0, 1)):
+            folder = out / "runs" / method / str(seed)
+            folder.mkdir(parents=True)
+            rows: list[tuple[object, ...]] = []
+            for case, (first, second) in cases.items():
+                for name, right, other in (("x", first, second), ("y", second, first)):
+                    values = (right, 10, right + 10 - other)
+                    rows += [
+                        (case, "B", case, name, f"pixels_{count}", value)
+                        for count, value in zip(("right", "truth", "predicted"), values, strict=True)
+                    ]
+            rows.append(("", "B", "", "all classes", "miou", 0.123))  # what `evaluate` says of the site is not read
+            table = pandas.DataFrame(rows, columns=["case", "site", "patient", "class", "metric", "value"])
+            table.to_csv(folder / "unseen.csv", index=False)
+            run = Run(method, "d", "all", None, seed, folder)
+            tasks.append(Task(f"{method} {seed}", "train", ("true", method, str(seed)), run=run))
+    return tasks
+
+
+def test_the_matrix_of_pixels_is_pooled_over_a_sites_patches(tmp_path: Path):
+    table = collect(counted(tmp_path))
+    lines = matrix(table, "miou").set_index(["method", "target"])
+    assert lines.loc[("stock", "B"), "mean"] == pytest.approx(10 / 30)
+    ours = (17 / (20 + 18 - 17) + 19 / (20 + 22 - 19)) / 2  # not the mean of the two patches
+    for target in ("B", "mean unseen", "pooled unseen"):
+        assert lines.loc[("ours", target), "mean"] == pytest.approx(ours)
+    assert lines.loc[("ours", "B"), "seeds"] == 2
+    accuracy = matrix(table, "acc").set_index(["method", "target"])
+    assert accuracy.loc[("ours", "B"), "mean"] == pytest.approx(36 / 40)
+
+
+def test_differences_of_pixels_draw_patients_and_pair_seeds(tmp_path: Path):
+    (row,) = differences(collect(counted(tmp_path, {"ours": (1,)})), "stock", "miou").to_dict("records")
+    pooled = (17 / 21 + 19 / 23) / 2 - 1 / 3
+    assert row["difference"] == pytest.approx(pooled)
+    assert row["cases"] == 2
+    # drawing one patient twice gives the ends
+    assert row["low"] == pytest.approx((7 / (10 + 8 - 7) + 9 / (10 + 12 - 9)) / 2 - 1 / 3)
+    assert row["high"] == pytest.approx(1 - 1 / 3)
+    assert differences(collect(counted(tmp_path / "b", {"ours": (1,), "stock": (0,)})), "stock", "miou").empty
+
+
+def test_the_table_of_a_dcam_study_shows_miou(tmp_path: Path):
+    write_results(counted(tmp_path), PIXELS, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| all | stock | 0.333 ± 0.000 |" in text
+    assert "| all | ours | 0.818 ± 0.000 |" in text

@@ -16,8 +16,9 @@ from tiny_dataset import ENDING, plan
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json
-from nnunet_dgplugins.trainers import pseudo_labels
-from nnunet_dgplugins.trainers.pseudo_labels import Choices, make_pseudo_labels
+from nnunet_dgplugins.trainers.equivariant_labels import EquivariantDrawer
+from nnunet_dgplugins.trainers.label_drawer import Choices
+from nnunet_dgplugins.trainers.pseudo_labels import make_pseudo_labels
 
 TRAINER = "EquivariantCAMTrainer"
 NUMBER = 955
@@ -90,16 +91,16 @@ def test_killed_and_run_again_the_same_bytes_come_out(model: Path, tagged: World
     expected = everything(whole)
     assert make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.3), linked=False) == whole
     whole.rename(tagged.root / "kept")
-    draw, drawn = pseudo_labels._Drawer.draw, []
+    draw, drawn = EquivariantDrawer.draw, []
 
-    def stopping(self: Any, case: str) -> Any:
+    def stopping(self: Any, cases: list[str]) -> Any:
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(case)
-        return draw(self, case)
+        drawn.extend(cases)
+        return draw(self, cases)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pseudo_labels._Drawer, "draw", stopping)
+        patch.setattr(EquivariantDrawer, "draw", stopping)
         with pytest.raises(KeyboardInterrupt):
             make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.3), linked=False)
     assert not whole.exists()
