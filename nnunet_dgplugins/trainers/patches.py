@@ -84,8 +84,8 @@ class TaggedPatchTrainer(DGTrainer):
                              "channels.")  # fmt: skip
         elif set(schemes := configuration["normalization_schemes"]) != {_ZERO_TO_ONE}:
             sentences.append(
-                f"{cls.__name__} reads RGB patches from 0 to 1, and these plans normalise by {', '.join(schemes)}: "
-                "name the channels rgb_to_0_1 in dataset.json and plan again."
+                f"{cls.__name__} reads RGB patches from 0 to 1, and these plans normalise by "
+                f"{', '.join(sorted({*schemes}))}: name the channels rgb_to_0_1 in dataset.json and plan again."
             )
         table = CaseTable.from_dataset_json(dataset_json)
         if table is None or all(case.tags is None for case in table.cases.values()):

@@ -137,7 +137,12 @@ def test_attention_begins_with_the_fourth_epoch(patches: World, attention: bool)
 
     tower.forward = watched
     trainer.run_training()
-    assert gammas == [None, None, None, *([pytest.approx(0.98**3), pytest.approx(0.98**4)] if attention else [None] * 2)]
+    assert gammas == [
+        None,
+        None,
+        None,
+        *([pytest.approx(0.98**3), pytest.approx(0.98**4)] if attention else [None] * 2),
+    ]
 
 
 @pytest.mark.parametrize("budget", [None, Budget(epochs=2), Budget(iterations=6)])

@@ -181,7 +181,9 @@ def test_stock_prediction_applies_the_gate_which_may_change_after_training(ready
         ready.settings(gate=gate, gate_threshold=threshold)
         ready.command(SECOND, only_run_validation=True)
         ready.no_settings()
-        assert read_json(ready.model(SECOND) / "plans.json")["configurations"]["2d"]["dgplugins"][SECOND]["gate"] == gate
+        assert (
+            read_json(ready.model(SECOND) / "plans.json")["configurations"]["2d"]["dgplugins"][SECOND]["gate"] == gate
+        )
         found = [x[0] for x in ready.predict(ready.model(SECOND))]
         for picture, mask in zip(pictures, found, strict=True):
             expected = by_hand(trainer.network, picture, gate, threshold)

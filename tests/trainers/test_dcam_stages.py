@@ -39,7 +39,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_stage_two_names_the_command_where_stage_one_is_missing(patches: World):
-    with pytest.raises(UserError, match=rf"stage 1 is missing.* Run: nnUNetv2_train {patches.number} 2d 0 -tr {FIRST}$"):
+    with pytest.raises(
+        UserError, match=rf"stage 1 is missing.* Run: nnUNetv2_train {patches.number} 2d 0 -tr {FIRST}$"
+    ):
         patches.construct(SECOND)
     assert not list(patches.results.iterdir())
     patches.use(PATCHES, own=True)
