@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PATCHES, World
 from resuming import checkpoint
-from stages import after_its_stage, elsewhere
+from stages import after_its_stage
 from tiny_dataset import plan, threads_for_processes
 
 from nnunet_dgplugins.errors import UnsupportedFeature

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEMI, World
-from resuming import assert_same, checkpoint, resume
+from resuming import checkpoint, resume
 from tiny_dataset import Recipe, plan, threads_for_processes
 
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError

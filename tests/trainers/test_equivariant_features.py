@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TAGGED, World
-from resuming import assert_same, checkpoint
+from resuming import checkpoint
 from tiny_dataset import plan, threads_for_processes
 
 from nnunet_dgplugins.errors import UnsupportedFeature
