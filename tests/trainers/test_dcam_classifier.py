@@ -137,12 +137,8 @@ def test_attention_begins_with_the_fourth_epoch(patches: World, attention: bool)
 
     tower.forward = watched
     trainer.run_training()
-    assert gammas == [
-        None,
-        None,
-        None,
-        *([pytest.approx(0.98**3), pytest.approx(0.98**4)] if attention else [None] * 2),
-    ]
+    used = [pytest.approx(0.98**3), pytest.approx(0.98**4)]
+    assert gammas == [None, None, None, *(used if attention else [None, None])]
 
 
 @pytest.mark.parametrize("budget", [None, Budget(epochs=2), Budget(iterations=6)])

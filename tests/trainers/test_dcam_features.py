@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +75,11 @@ def test_resenc_plans_train_and_predict(patches: World, trainer: str):
 
 
 def test_three_classes_train_and_predict(patches: World, trainer: str):
-    built = after_its_stage(patches.use(replace(PATCHES, name="Four", classes=4)), trainer).train(trainer)
-    assert len(built.logger.get_value("dice_per_class_or_region", 0)) == 4
-    predicted = patches.predict(patches.model(trainer))
-    assert {int(value) for x in predicted for value in np.unique(x)} <= {1, 2, 3, 4}
+    built = after_its_stage(patches, trainer).train(trainer)
+    assert len(built.logger.get_value("dice_per_class_or_region", 0)) == 3
+    assert built.network.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 4, 64, 64)
+    predicted = np.concatenate(patches.predict(patches.model(trainer)))
+    assert set(np.unique(predicted)) <= {1, 2, 3}
 
 
 def test_region_labels_are_refused(patches: World, trainer: str):

@@ -79,7 +79,7 @@ def test_a_stage_one_of_another_build_is_refused_beside_a_trained_fold(patches: 
     shutil.rmtree(patches.model(FIRST))
     patches.settings(pcnorm="off")
     patches.train(FIRST)
-    with pytest.raises(UserError, match="trained with another stage 1 .pcnorm: 'instance', now 'off'"):
+    with pytest.raises(UserError, match=r"trained with another stage 1 \(pcnorm: 'instance', now 'off'"):
         patches.construct(SECOND)
 
 
