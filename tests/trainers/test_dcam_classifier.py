@@ -23,7 +23,7 @@ from nnunet_dgplugins.methods.dcam.resnet38 import ResNet38
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 TRAINER = "DCAMClassifierTrainer"
-UNEQUAL = replace(PATCHES, name="Unequal", sizes=((64, 64), (48, 64), (80, 56)))
+UNEQUAL = replace(PATCHES, name="Unequal", sizes=((48, 64), (64, 64), (80, 56)))
 
 
 @pytest.fixture
@@ -164,14 +164,13 @@ def test_gradients_reach_everything_that_trains(patches: World):
     trainer.on_train_start()
     trainer.current_epoch = 3  # with attention
     trainer.on_train_epoch_start()
-    optimizer_step, trainer.optimizer_step = trainer.optimizer_step, lambda: None
+    trainer.optimizer_step = lambda: None
     trainer.train_step(next(trainer.dataloader_train))
     missing = [
         name for name, parameter in trainer.network.named_parameters()
         if parameter.grad is None or not torch.isfinite(parameter.grad).all() or not parameter.grad.any()
     ]  # fmt: skip
     assert missing == []
-    optimizer_step()
     trainer.on_train_end()
 
 
@@ -263,7 +262,7 @@ def test_unequal_patches_are_segmented_in_their_own_geometry_whatever_the_paddin
         few = network(torch.nn.functional.pad(torch.rand(1, 3, 2, 1), (4, 4, 4, 4)))
     assert nothing.argmax(1).eq(0).all()  # black is no tissue
     assert torch.isfinite(few).all()
-    assert smaller or any(own != tuple(size) for own in UNEQUAL.sizes)
+    assert smaller == 1
 
 
 def test_background_is_what_no_map_explains_where_it_is_a_class(patches: World):

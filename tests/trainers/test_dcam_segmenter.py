@@ -18,7 +18,7 @@ from nnunet_dgplugins.methods.dcam.deeplab import DeepLab
 from nnunet_dgplugins.methods.dcam.masks import IGNORE
 
 FIRST, SECOND = "DCAMClassifierTrainer", "DCAMTrainer"
-UNEQUAL = replace(PATCHES, name="Unequal", sizes=((64, 64), (48, 64), (80, 56)))
+UNEQUAL = replace(PATCHES, name="Unequal", sizes=((48, 64), (64, 64), (80, 56)))
 RELEASE = replace(PATCHES, name="Release", release=4)
 
 
