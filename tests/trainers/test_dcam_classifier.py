@@ -278,3 +278,19 @@ def test_background_is_what_no_map_explains_where_it_is_a_class(patches: World):
     assert shares[0] < 0.5 < shares[2]
     scores = read_json(patches.model(TRAINER) / "fold_0" / "validation_cam" / "iou.json")
     assert list(scores["IoU"]) == ["background", "tissue1", "tissue2", "tissue3"]
+
+
+def test_some_epochs_teach_which_tissue_is_where(patches: World):
+    recipe = replace(PATCHES, name="Learn", cases=26, sizes=((48, 48),))
+    # the tissues here differ in plain colour alone, which PCNorm takes for style
+    patches.use(recipe).settings(
+        epochs=8, iterations_per_epoch=5, batch_size=8, initial_lr=0.01, width_divisor=16, pcnorm="off"
+    )
+    network = patches.train(TRAINER).network.eval()
+    pictures, labels, tags = zip(*[patch(recipe, number) for number in range(26, 38)], strict=True)
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        known = (network.classifier(images) > 0).numpy() == np.asarray(tags)
+        right = network(images).argmax(1).numpy() == np.stack(labels)
+    assert known.mean() > 0.8
+    assert right.mean() > 0.6  # a third by chance

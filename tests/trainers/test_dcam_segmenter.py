@@ -245,6 +245,13 @@ def test_patches_of_every_size_train_validate_and_keep_their_geometry(patches: W
     assert {int(value) for x in predicted for value in np.unique(x)} <= {1, 2, 3}
 
 
+def test_some_epochs_bring_the_segmenter_nearer_to_its_masks(ready: World):
+    ready.settings(epochs=4, initial_lr=0.02, blur=False)
+    log = ready.train(SECOND).logger
+    losses = [float(log.get_value("train_losses", epoch)) for epoch in range(4)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.slow
 def test_deeplab_trains_validates_and_predicts_with_its_head_ten_times_as_fast(patches: World):
     recipe = PatchRecipe("DeepLab", sizes=((48, 48), (40, 56)))
