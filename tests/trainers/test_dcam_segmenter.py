@@ -176,8 +176,8 @@ def test_stock_prediction_applies_the_gate_which_may_change_after_training(ready
         masks[gate] = [x[0] for x in ready.predict(ready.model(SECOND))]
         for picture, mask in zip(pictures, masks[gate], strict=True):
             assert (mask == by_hand(network, picture, gate)).mean() > 0.995  # logits are summed in half precision
-    assert favourite in masks["none"]
-    assert favourite not in masks["closed"]
+    assert favourite in np.stack(masks["none"])
+    assert favourite not in np.stack(masks["closed"])
 
 
 @pytest.mark.parametrize("shift", [0.0, -1000.0, 1000.0])
