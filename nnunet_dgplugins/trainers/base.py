@@ -53,6 +53,7 @@ class DGTrainer(nnUNetTrainer):
         folder = _model_folder(type(self).__name__, plans, configuration)
         resolved = self._resolve_settings(plans, configuration, folder, dataset_json)
         folds.check_fold(plans["dataset_name"], fold)
+        self.require_inputs(plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = resolved
         self.case_table = CaseTable.from_dataset_json(dataset_json)
@@ -141,6 +142,10 @@ class DGTrainer(nnUNetTrainer):
         self.configuration_manager.configuration[key] = value
 
     # ---------------------------------------------------------------- hooks every method needs
+
+    @classmethod
+    def require_inputs(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Refuse to begin where an earlier stage's result is missing; nothing has been written yet."""
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing where the network has no deep supervision switch."""

@@ -25,7 +25,15 @@ from nnunet_dgplugins.methods.dcam.optimisation import classifier_groups, deepla
 from nnunet_dgplugins.methods.dcam.resnet38 import ResNet38
 from nnunet_dgplugins.methods.dcam.segmenter import CAMClassifier, GatedSegmenter
 from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
-from nnunet_dgplugins.trainers.dcam_stages import Classifier, PseudoMasks, find_classifier, stage_stamp
+from nnunet_dgplugins.trainers.dcam_stages import (
+    CLASSIFIER,
+    Classifier,
+    PseudoMasks,
+    find_classifier,
+    finished_fold,
+    refuse_other_classifier,
+    stage_stamp,
+)
 from nnunet_dgplugins.trainers.patches import (
     Patches,
     TaggedPatchTrainer,
@@ -34,8 +42,7 @@ from nnunet_dgplugins.trainers.patches import (
     resized,
     said,
 )
-
-_CLASSIFIER = "classifier"  # key in the plans beside the model: stage 1's settings
+from nnunet_dgplugins.trainers.validation import mask_file
 
 
 def build_classifier(chosen: DCAMClassifierSettings, classes: int) -> ResNet38:
@@ -107,7 +114,7 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
     def get_dataloaders(self) -> Any:
         """Return loaders of whole patches with their tags; no label file is opened."""
         train, val = (Patches(self, cases) for cases in self.do_split())
-        self.stamp = stage_stamp(self.table, train.cases, self.dataset_json)
+        self.claim(stage_stamp(self.table, train.cases, self.dataset_json))
         size: tuple[int, int] = tuple(self.configuration_manager.patch_size)
         others = sum(train.size(index) != size for index in range(len(train.cases)))
         if others:
@@ -129,13 +136,6 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         )  # fmt: skip
 
     # ---------------------------------------------------------------- steps
-
-    def on_train_start(self) -> None:
-        """Refuse to begin without the start weights that the settings name."""
-        path = self.settings.start_weights
-        if path and self.current_epoch == 0 and not Path(path).is_file():
-            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
-        super().on_train_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step on whole patches, with dropout attention from the fourth epoch on."""
@@ -167,10 +167,6 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         self.logger.log("val_losses", loss, self.current_epoch)
         self.print_to_log_file(f"Tags of validation patches: exact match {exact:.4f}, Jaccard {jaccard:.4f}")
 
-    def extra_state(self) -> dict[str, Any]:
-        """Keep what the classifier was trained on, so that stage 2 can tell."""
-        return {"stamp": self.stamp}
-
 
 class DCAMTrainer(TaggedPatchTrainer):
     """D-CAM stage 2 (Han et al., Medical Image Analysis 2022): a segmenter from three pseudo masks per patch.
@@ -191,12 +187,16 @@ class DCAMTrainer(TaggedPatchTrainer):
 
     # ---------------------------------------------------------------- stage 1, network
 
+    @classmethod
+    def require_inputs(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Refuse to begin before stage 1 has finished this fold."""
+        finished_fold(cls.__name__, plans, configuration, fold)
+
     def beside_settings(self) -> dict[str, Any]:
         """Keep what the network inside and the number of outputs depend on."""
-        return {
-            "background": background_is_class(self.dataset_json),
-            _CLASSIFIER: settings.to_dict(self.stage_one.settings),
-        }
+        first = settings.to_dict(self.stage_one.settings)
+        refuse_other_classifier(self, first)
+        return {"background": background_is_class(self.dataset_json), CLASSIFIER: first}
 
     @property
     def stage_one(self) -> Classifier:
@@ -222,7 +222,7 @@ class DCAMTrainer(TaggedPatchTrainer):
         block = configuration_manager.configuration[settings.KEY]
         where = f"{cls.__name__}, plans beside the model"
         chosen = settings.build(DCAMSettings, block[cls.__name__], where)
-        first = settings.build(DCAMClassifierSettings, block[_CLASSIFIER], where)
+        first = settings.build(DCAMClassifierSettings, block[CLASSIFIER], where)
         classes = num_output_channels - 1
         outputs = classes + bool(block["background"])
         if chosen.network == "deeplabv3plus":
@@ -234,10 +234,8 @@ class DCAMTrainer(TaggedPatchTrainer):
         return GatedSegmenter(segmenter, build_classifier(first, classes), chosen.gate, chosen.gate_threshold)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        """SGD on the segmenter, DeepLabV3+'s head ten times as fast; the classifier takes stage 1's weights."""
+        """SGD on the segmenter, DeepLabV3+'s head ten times as fast."""
         self.inference_allowed_mirroring_axes = None  # as published
-        self.network.classifier.load_state_dict(self.stage_one.weights)
-        self.network.classifier.requires_grad_(False)
         segmenter, chosen = self.network.segmenter, self.settings
         if isinstance(segmenter, DeepLab):
             if chosen.start_weights and Path(chosen.start_weights).is_file():
@@ -279,10 +277,16 @@ class DCAMTrainer(TaggedPatchTrainer):
             self.print_to_log_file(
                 f"{len(train.cases) - len(shown)} training patches show none of the classes and are left out."
             )
-        if not shown:
-            raise UserError(f"{type(self).__name__}: no training patch has a tag.")
-        unknown = [case for case in val.cases if self.truth_of(case) is None]
-        self.masks = PseudoMasks.made(self, [*(train.cases[index] for index in shown), *unknown])
+        if len(shown) < 2:  # DeepLabV3+ normalises over a batch
+            raise UserError(
+                f"{type(self).__name__} needs two training patches or more that show a class, found {len(shown)}."
+            )
+        # now, because -pretrained_weights may have brought another classifier along
+        self.network.classifier.load_state_dict(self.stage_one.weights)
+        self.masks = PseudoMasks.of(self)
+        self.claim(self.masks.folder.name)
+        unknown = [case for case in val.cases if mask_file(self, case) is None]
+        self.masks.make(self, [*(train.cases[index] for index in shown), *unknown])
         size: tuple[int, int] = tuple(self.configuration_manager.patch_size)
         self.print_to_log_file(
             f"{len(shown)} training patches. {len(unknown)} of {len(val.cases)} validation patches have no real masks "
@@ -309,19 +313,13 @@ class DCAMTrainer(TaggedPatchTrainer):
         return self.loaders(len(shown), load, len(val.cases), load_val, val_batch=1)
 
     def _validation_truth(self, case: str) -> np.ndarray:
-        truth = self.truth_of(case)
-        if truth is None:
-            return self.masks.read(case)[LAYERS.index("bn7")]
-        return positions(truth, self.class_labels, background_is_class(self.dataset_json))
+        own = background_is_class(self.dataset_json)
+        if (truth := self.truth_of(case)) is not None:
+            return positions(truth, self.class_labels, own)
+        mask = self.masks.read(case)[LAYERS.index("bn7")]
+        return mask if own else np.where(mask < len(self.class_labels), mask, np.uint8(IGNORE))  # white is no class
 
     # ---------------------------------------------------------------- steps
-
-    def on_train_start(self) -> None:
-        """Refuse to begin without the start weights that the settings name."""
-        path = self.settings.start_weights
-        if path and self.current_epoch == 0 and not Path(path).is_file():
-            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
-        super().on_train_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step against the three masks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import (
     RESULTS,
     content_hash,
-    file_sha256,
     human_bytes,
     nnunet_folder,
     read_json,
@@ -29,13 +29,17 @@ from nnunet_dgplugins.methods.dcam.maps import LAYERS
 from nnunet_dgplugins.methods.dcam.masks import pseudo_masks
 from nnunet_dgplugins.settings import DCAMClassifierSettings
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
+from nnunet_dgplugins.trainers.patches import Patches
 
 if TYPE_CHECKING:
     from nnunet_dgplugins.trainers.dcam import DCAMTrainer
 
 STAGE_ONE = "DCAMClassifierTrainer"
 FOLDER = "dgplugins_pseudo_masks"
+CLASSIFIER = "classifier"  # key in the plans beside stage 2's model: stage 1's settings
 _PREFIX = "classifier."  # of its tensors in stage 1's checkpoint
+_FINAL = "checkpoint_final.pth"
+_BUILT_FROM = ("width_divisor", "pcnorm")
 _SAYS_EVERY = 30.0  # seconds
 
 
@@ -46,7 +50,7 @@ class Classifier:
     Args:
         settings: it was trained with.
         weights: of the tower.
-        digest: SHA-256 of the checkpoint.
+        digest: hash of the weights.
     """
 
     settings: DCAMClassifierSettings
@@ -60,36 +64,82 @@ def stage_stamp(table: CaseTable, cases: Sequence[str], dataset_json: Mapping[st
     return content_hash([tags, dataset_json["labels"], table.protocol.get("input")])
 
 
+def finished_fold(trainer: str, plans: Mapping[str, Any], configuration: str, fold: int | str) -> Path:
+    """Return the folder of a fold that stage 1 has finished.
+
+    Args:
+        trainer: who asks.
+        plans: content of the plans.
+        configuration: of the plans.
+        fold: number, or ``all``.
+
+    Raises:
+        UserError: it is missing or unfinished; with the command to run.
+    """
+    name = f"{STAGE_ONE}__{plans['plans_name']}__{configuration}"
+    folder = nnunet_folder(RESULTS) / plans["dataset_name"] / name / f"fold_{fold}"
+    if not (path := folder / _FINAL).is_file():
+        begun = any(folder.glob("checkpoint_*.pth"))
+        raise UserError(
+            f"{trainer}: stage 1 {'is not finished' if begun else 'is missing'}, no {path}. "
+            f"Run: {_command(plans, configuration, fold)}{' --c' if begun else ''}"
+        )
+    return folder
+
+
+def _command(plans: Mapping[str, Any], configuration: str, fold: int | str) -> str:
+    words = f"nnUNetv2_train {int(plans['dataset_name'][7:10])} {configuration} {fold} -tr {STAGE_ONE}"
+    return words if plans["plans_name"] == "nnUNetPlans" else f"{words} -p {plans['plans_name']}"
+
+
 def find_classifier(trainer: DCAMTrainer) -> Classifier:
     """Return stage 1's result of the trainer's dataset, plans, configuration and fold.
 
     Raises:
         UserError: it is missing, unfinished, or made from other tags; with the command to run.
     """
-    plans, configuration = trainer.plans_manager.plans_name, trainer.configuration_name
-    name, fold = trainer.plans_manager.dataset_name, trainer.fold
-    model = nnunet_folder(RESULTS) / name / f"{STAGE_ONE}__{plans}__{configuration}"
-    path = model / f"fold_{fold}" / "checkpoint_final.pth"
-    words = f"nnUNetv2_train {int(name[7:10])} {configuration} {fold} -tr {STAGE_ONE}"
-    words += "" if plans == "nnUNetPlans" else f" -p {plans}"
-    if not path.is_file():
-        begun = any(path.parent.glob("checkpoint_*.pth"))
-        raise UserError(
-            f"{type(trainer).__name__}: stage 1 {'is not finished' if begun else 'is missing'}, no {path}. Run: {words}"
-            + (" --c" if begun else "")
-        )
-    content = read_checkpoint(path)
+    plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
+    folder = finished_fold(type(trainer).__name__, plans, configuration, trainer.fold)
+    content = read_checkpoint(folder / _FINAL)
     cases, _ = trainer.fold_split()
     if content.get(settings.KEY, {}).get("stamp") != stage_stamp(trainer.table, cases, trainer.dataset_json):
         raise UserError(
-            f"{type(trainer).__name__}: {path} was trained on other patches, tags or classes than the dataset has now. "
-            f"Remove {path.parent} and run: {words}"
+            f"{type(trainer).__name__}: {folder / _FINAL} was trained on other patches, tags or classes than the "
+            f"dataset has now. Remove {folder} and run: {_command(plans, configuration, trainer.fold)}"
         )
-    block = settings.configuration_block(read_json(model / "plans.json"), configuration, STAGE_ONE)
+    block = settings.configuration_block(read_json(folder.parent / "plans.json"), configuration, STAGE_ONE)
     weights = {
         key[len(_PREFIX) :]: value for key, value in content["network_weights"].items() if key.startswith(_PREFIX)
     }
-    return Classifier(settings.build(DCAMClassifierSettings, block, str(model)), weights, file_sha256(path))
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return Classifier(
+        settings.build(DCAMClassifierSettings, block, str(folder.parent)), weights, digest.hexdigest()
+    )  # fmt: skip
+
+
+def refuse_other_classifier(trainer: DCAMTrainer, first: Mapping[str, Any]) -> None:
+    """Refuse a stage 1 of another build than that of the folds already trained, which share one plans file.
+
+    Args:
+        trainer: stage 2.
+        first: stage 1's settings.
+
+    Raises:
+        UserError: they differ in what the network is rebuilt from.
+    """
+    folder = Path(trainer.output_folder_base)
+    if not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
+        return
+    own = read_json(folder / "plans.json")["configurations"].get(trainer.configuration_name, {})
+    kept = own.get(settings.KEY, {}).get(CLASSIFIER, first)
+    changed = [f"{key}: {kept[key]!r}, now {first[key]!r}" for key in _BUILT_FROM if kept[key] != first[key]]
+    if changed:
+        raise UserError(
+            f"{type(trainer).__name__}: {folder} was trained with another stage 1 ({'; '.join(changed)}). Move the "
+            "folder, or use another plans name (dgplugins configure ... -o NAME) for both stages."
+        )
 
 
 def draws_white(chosen: DCAMClassifierSettings, dataset_json: Mapping[str, Any]) -> bool:
@@ -127,61 +177,60 @@ class PseudoMasks:
             return np.asarray(content["masks"])
 
     @classmethod
-    def made(cls, trainer: DCAMTrainer, cases: Sequence[str]) -> PseudoMasks:
-        """Return the masks of some cases, made where they are missing; killed and run again, it goes on."""
-        from nnunet_dgplugins.trainers.patches import Patches
-
+    def of(cls, trainer: DCAMTrainer) -> PseudoMasks:
+        """Return the masks of the trainer's stage 1 and tags, made or not."""
         found, table = trainer.stage_one, trainer.table
-        white = draws_white(found.settings, trainer.dataset_json)
-        level = background_level(found.settings, trainer.dataset_json)
         identifier = trainer.configuration_manager.data_identifier
+        every = [name for name, case in table.cases.items() if case.tags is not None]
         key = content_hash([
-            found.digest, white, level, identifier, stage_stamp(table, cases, trainer.dataset_json),
-        ])[:12]  # fmt: skip
-        masks = cls(Path(trainer.preprocessed_dataset_folder_base) / FOLDER / f"{identifier}_{key}")
-        tagged = sorted({case for case in cases if table.cases[case].tags is not None})
-        missing = [case for case in tagged if not masks.path(case).is_file()]
-        if not missing:
-            trainer.print_to_log_file(f"Pseudo masks: {len(tagged)} patches, all in {masks.folder}.")
-            return masks
-        for half_written in masks.folder.glob(".tmp-*"):  # by a process that was killed
-            half_written.unlink(missing_ok=True)
-        patches = Patches(trainer, missing)
-        pixels = sum(int(np.prod(patches.size(index))) for index in range(len(missing)))
-        trainer.print_to_log_file(
-            f"Making {len(missing)} of {len(tagged)} pseudo masks in {masks.folder}, at most {human_bytes(3 * pixels)}."
-        )
-        masks.folder.mkdir(parents=True, exist_ok=True)
-        require_disk(masks.folder, 3 * pixels, "the pseudo masks")
-        masks._make(trainer, patches, white, level)
-        return masks
+            found.digest, draws_white(found.settings, trainer.dataset_json),
+            background_level(found.settings, trainer.dataset_json), stage_stamp(table, every, trainer.dataset_json),
+        ])  # fmt: skip
+        return cls(Path(trainer.preprocessed_dataset_folder_base) / FOLDER / f"{identifier}_{key[:12]}")
 
-    def _make(self, trainer: DCAMTrainer, patches: Any, white: bool, level: float | None) -> None:
+    def make(self, trainer: DCAMTrainer, cases: Sequence[str]) -> None:
+        """Make those of some cases that are missing; killed and run again, it goes on and ends with the same masks."""
+        patches = Patches(trainer, sorted({case for case in cases if trainer.table.cases[case].tags is not None}))
+        count = len(patches.cases)
+        missing = {index for index, case in enumerate(patches.cases) if not self.path(case).is_file()}
+        if not missing:
+            trainer.print_to_log_file(f"Pseudo masks: {count} patches, all in {self.folder}.")
+            return
+        for half_written in self.folder.glob(".tmp-*"):  # by a process that was killed
+            half_written.unlink(missing_ok=True)
+        size = 3 * sum(int(np.prod(patches.size(index))) for index in missing)
+        trainer.print_to_log_file(
+            f"Making {len(missing)} of {count} pseudo masks in {self.folder}, at most {human_bytes(size)}."
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        require_disk(self.folder, size, "the pseudo masks")
+        # the batches are those of a run that was never killed: how rounding falls may depend on the company
+        batches = _equal_sizes(patches, trainer.stage_one.settings.mask_batch_size)
+        self._make(trainer, patches, [batch for batch in batches if missing & {*batch}])
+
+    def _make(self, trainer: DCAMTrainer, patches: Patches, batches: list[list[int]]) -> None:
         import tqdm
 
         chosen, network = trainer.stage_one.settings, trainer.network.classifier.eval()
+        white = draws_white(chosen, trainer.dataset_json)
+        level = background_level(chosen, trainer.dataset_json)
         begun = said = time.monotonic()
-        groups = list(_equal_sizes(patches, chosen.mask_batch_size))
-        done = 0
-        for group in tqdm.tqdm(groups, disable=None, desc="pseudo masks"):
-            names = [patches.cases[index] for index in group]
-            images = torch.stack([patches.image(index) for index in group])
+        for done, batch in enumerate(tqdm.tqdm(batches, disable=None, desc="pseudo masks"), 1):
+            names = [patches.cases[index] for index in batch]
+            images = torch.stack([patches.image(index) for index in batch])
             tags = torch.from_numpy(np.stack([trainer.tags_of(name) for name in names]))
-            found = pseudo_masks(
-                network, images, tags, white=white, background=level, batch_size=chosen.mask_batch_size
-            )
+            found = pseudo_masks(network, images, tags, white=white, background=level, batch_size=len(batch))
             together = torch.stack([found[layer] for layer in LAYERS], 1).numpy()
             for name, three in zip(names, together, strict=True):
                 with replacing(self.path(name)) as temporary, open(temporary, "wb") as file:
                     np.savez_compressed(file, masks=three)
-            done += len(group)
             if time.monotonic() - said > _SAYS_EVERY:
                 said = time.monotonic()
-                left = (said - begun) / done * (len(patches.cases) - done)
-                trainer.print_to_log_file(f"Pseudo masks: {done} of {len(patches.cases)}, about {left:.0f} s left.")
+                left = (said - begun) / done * (len(batches) - done)
+                trainer.print_to_log_file(f"Pseudo masks: {done / len(batches):.0%}, about {left:.0f} s left.")
 
 
-def _equal_sizes(patches: Any, most: int) -> list[list[int]]:
+def _equal_sizes(patches: Patches, most: int) -> list[list[int]]:
     """Return groups of up to ``most`` patches of one size each."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index in range(len(patches.cases)):

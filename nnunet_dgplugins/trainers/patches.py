@@ -17,15 +17,18 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.loaders import SliceLoader, image_shape, read_image, read_properties
 from nnunet_dgplugins.data.tags import image_tags
+from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.confusion import DatasetScores, Matrix, confusion, dataset_scores
 from nnunet_dgplugins.files import CAM_VALIDATION, write_json
 from nnunet_dgplugins.methods.dcam.masks import IGNORE
 from nnunet_dgplugins.methods.dcam.optimisation import poly, set_learning_rate
+from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.trainers.base import DGTrainer
 from nnunet_dgplugins.trainers.validation import known_mask, predicted_logits
 
 SCORES = "iou.json"
 _FLIPS_SEED = 5
+_ZERO_TO_ONE = "RGBTo01Normalization"
 
 
 class StepwisePoly:
@@ -49,7 +52,11 @@ class StepwisePoly:
 class TaggedPatchTrainer(DGTrainer):
     """Base of trainers that learn from tags of whole patches; label files of training cases are never opened."""
 
+    settings: DCAMClassifierSettings | DCAMSettings
     reads_tags = True
+    #: hash of what the training learns from, kept in its checkpoints
+    stamp: str
+    _stamp_loaded: str | None = None
 
     def __init__(
         self,
@@ -75,6 +82,11 @@ class TaggedPatchTrainer(DGTrainer):
         if len(dataset_json["channel_names"]) != 3:
             sentences.append(f"{cls.__name__} reads RGB patches; this dataset has {len(dataset_json['channel_names'])} "
                              "channels.")  # fmt: skip
+        elif set(schemes := configuration["normalization_schemes"]) != {_ZERO_TO_ONE}:
+            sentences.append(
+                f"{cls.__name__} reads RGB patches from 0 to 1, and these plans normalise by "
+                f"{', '.join(sorted({*schemes}))}: name the channels rgb_to_0_1 in dataset.json and plan again."
+            )
         table = CaseTable.from_dataset_json(dataset_json)
         if table is None or all(case.tags is None for case in table.cases.values()):
             sentences.append(
@@ -99,6 +111,36 @@ class TaggedPatchTrainer(DGTrainer):
     def tags_of(self, case: str) -> npt.NDArray[np.int64]:
         """Return which classes a case shows (C,)."""
         return image_tags(self.table, case, len(self.class_labels))
+
+    # ---------------------------------------------------------------- what the training learns from
+
+    def claim(self, stamp: str) -> None:
+        """Keep the stamp of what this training learns from.
+
+        Raises:
+            UserError: it is continued, and began with other data.
+        """
+        if self._stamp_loaded not in (None, stamp):
+            raise UserError(
+                f"{type(self).__name__}: what this training learns from (patches, tags, classes, an earlier stage) has "
+                f"changed since it began. Remove {self.output_folder} and start it anew, without --c."
+            )
+        self.stamp = stamp
+
+    def extra_state(self) -> dict[str, Any]:
+        """Keep what the network was trained on, so that a later stage and a continued training can tell."""
+        return {"stamp": self.stamp}
+
+    def load_extra_state(self, extra: dict[str, Any] | None) -> None:
+        """Take over what a continued training was begun with."""
+        self._stamp_loaded = (extra or {}).get("stamp")
+
+    def on_train_start(self) -> None:
+        """Refuse to begin without the start weights that the settings name."""
+        path = self.settings.start_weights
+        if path and self.current_epoch == 0 and not Path(path).is_file():
+            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
+        super().on_train_start()
 
     # ---------------------------------------------------------------- loaders
 
@@ -152,6 +194,8 @@ class TaggedPatchTrainer(DGTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases; score them over all their pixels where masks are known, never against tags."""
+        if not self.disable_checkpointing:  # thresholds and the gate may have been changed since the training
+            write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
         folder = Path(self.output_folder) / CAM_VALIDATION
         labels = [0] * _background(self.dataset_json) + self.class_labels
         reader = self.plans_manager.image_reader_writer_class()

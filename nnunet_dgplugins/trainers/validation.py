@@ -38,17 +38,21 @@ def predicted_logits(trainer: Any) -> Iterator[tuple[str, torch.Tensor, dict[str
     trainer.network.train()
 
 
-def known_mask(trainer: Any, case: str) -> npt.NDArray[np.int64] | None:
-    """Return the label values of a validation case (Z, Y, X) on its files' grid; None where no mask is known.
+def mask_file(trainer: Any, case: str) -> Path | None:
+    """Return the file with the mask of a validation case, None where there is none.
 
-    Masks of cases with tags lie in ``labelsVal`` of the raw dataset; their files in ``labelsTr`` are not opened.
+    Masks of cases with tags lie in ``labelsVal`` of the raw dataset; their files in ``labelsTr`` do not count.
     """
     name = case + trainer.dataset_json["file_ending"]
     base = Path(trainer.preprocessed_dataset_folder_base)
     places = [Path(os.environ.get(RAW, "")) / base.name / VALIDATION_MASKS]
     if is_labelled(trainer.case_table, case):
         places.append(base / "gt_segmentations")
-    path = next((place / name for place in places if (place / name).is_file()), None)
-    if path is None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def known_mask(trainer: Any, case: str) -> npt.NDArray[np.int64] | None:
+    """Return the label values of a validation case (Z, Y, X) on its files' grid; None where no mask is known."""
+    if (path := mask_file(trainer, case)) is None:
         return None
     return np.asarray(trainer.plans_manager.image_reader_writer_class().read_seg(os.fspath(path))[0][0], np.int64)

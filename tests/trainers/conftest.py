@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import small_models
-from tiny_dataset import ENDING, Recipe, plan, threads_for_processes, write_raw
+import tiny_dataset
+import tiny_patches
+from tiny_dataset import Recipe, plan, threads_for_processes, write_raw
+from tiny_patches import PatchRecipe, plan_patches, write_patches
 
 from nnunet_dgplugins.files import read_json, write_json
 from nnunet_dgplugins.registry import TRAINERS
@@ -20,15 +23,18 @@ QUICK = {"sam": "vit_tiny", "epochs": 1, "iterations_per_epoch": 2, "batch_size"
 QUICK_GRID = {**QUICK, "grid_size": 2, "validation": "points"}
 QUICK_EPL = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "unlabelled_batch_size": 2}
 QUICK_EQUIVARIANT = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 4, "width_divisor": 16, "initial_lr": 1e-3}
+QUICK_DCAM = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 3, "initial_lr": 1e-3}
 SEMI = Recipe("Semi", cases=6, unlabelled=3)
 TAGGED = Recipe("Tagged", channels=("noNorm", "noNorm"), tags=True)
+PATCHES = PatchRecipe()
 FIRST_NUMBER = 901
+AnyRecipe = Recipe | PatchRecipe
 
 
 class World:
     """nnU-Net's three folders as one test sees them: shared data, own results, own settings file."""
 
-    def __init__(self, root: Path, shared: Callable[[Recipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, root: Path, shared: Callable[[AnyRecipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch):
         self.root, self._shared, self.monkeypatch = root, shared, monkeypatch
         self.results = root / "nnUNet_results"
         self.results.mkdir()
@@ -36,10 +42,11 @@ class World:
         self.use(Recipe())
         self.settings()
 
-    def use(self, recipe: Recipe, own: bool = False) -> World:
+    def use(self, recipe: AnyRecipe, own: bool = False) -> World:
         """Work on the dataset of a recipe; ``own`` copies it, so that the test may change it."""
         folder, self.number = self._shared(recipe)
         self.recipe, self.name = recipe, f"Dataset{self.number}_{recipe.name}"
+        self.ending = (tiny_patches if isinstance(recipe, PatchRecipe) else tiny_dataset).ENDING
         if own:
             for kind in ("raw", "preprocessed"):
                 shutil.copytree(folder / f"nnUNet_{kind}" / self.name, self.root / f"nnUNet_{kind}" / self.name)
@@ -57,6 +64,8 @@ class World:
         quick = {
             "DeSAMTrainer": QUICK, "DeSAMGridTrainer": QUICK_GRID, "EPLTrainer": QUICK_EPL,
             "EquivariantCAMTrainer": QUICK_EQUIVARIANT,
+            "DCAMClassifierTrainer": {**QUICK_DCAM, "width_divisor": 32},
+            "DCAMTrainer": {**QUICK_DCAM, "network": "planned"},
         }  # fmt: skip
         known = {name: settings_class(TRAINERS[name].settings).__dataclass_fields__ for name in quick}
         strange = {key for key in values if not any(key in fields for fields in known.values())}
@@ -69,10 +78,12 @@ class World:
         )
         self.monkeypatch.setenv("DGPLUGINS_SETTINGS", str(self.root / "settings.json"))
 
-    def elsewhere(self, name: str) -> World:
-        """Go on with another, empty results folder."""
-        self.results = self.root / name
+    def elsewhere(self, name: str, keeping: str = "") -> World:
+        """Go on with another results folder, empty but for the model of a trainer."""
+        model, self.results = self.model(keeping), self.root / name
         self.results.mkdir()
+        if keeping:
+            shutil.copytree(model, self.model(keeping))
         self.monkeypatch.setenv("nnUNet_results", str(self.results))
         return self
 
@@ -127,8 +138,8 @@ class World:
     def images(self) -> list[list[str]]:
         """Files of the target cases, one list per case."""
         folder = self.raw / "imagesTs"
-        names = sorted({path.name[: -len(ENDING) - 5] for path in folder.glob(f"*{ENDING}")})
-        return [sorted(str(path) for path in folder.glob(f"{name}_*{ENDING}")) for name in names]
+        names = sorted({path.name[: -len(self.ending) - 5] for path in folder.glob(f"*{self.ending}")})
+        return [sorted(str(path) for path in folder.glob(f"{name}_*{self.ending}")) for name in names]
 
     def predictor(
         self, model: Path | None = None, fold: int | str = 0, checkpoint: str = "checkpoint_final.pth",
@@ -148,20 +159,25 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def shared_datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], tuple[Path, int]]:
+def shared_datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[AnyRecipe], tuple[Path, int]]:
     """Return the folder and id of the planned dataset of a recipe; each is made once."""
     root = tmp_path_factory.mktemp("shared")
-    made: dict[Recipe, int] = {}
+    made: dict[AnyRecipe, int] = {}
 
-    def get(recipe: Recipe) -> tuple[Path, int]:
+    def get(recipe: AnyRecipe) -> tuple[Path, int]:
         if recipe not in made:
             number = FIRST_NUMBER + len(made)
             with pytest.MonkeyPatch.context() as patch:
                 for kind in ("raw", "preprocessed", "results"):
                     (root / f"nnUNet_{kind}").mkdir(exist_ok=True)
                     patch.setenv(f"nnUNet_{kind}", str(root / f"nnUNet_{kind}"))
-                write_raw(root / "nnUNet_raw", f"Dataset{number}_{recipe.name}", recipe)
-                plan(number)
+                name = f"Dataset{number}_{recipe.name}"
+                if isinstance(recipe, PatchRecipe):
+                    write_patches(root / "nnUNet_raw", name, recipe)
+                    plan_patches(number, root / "nnUNet_preprocessed" / name)
+                else:
+                    write_raw(root / "nnUNet_raw", name, recipe)
+                    plan(number)
             made[recipe] = number
         return root, made[recipe]
 
@@ -170,7 +186,7 @@ def shared_datasets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recip
 
 @pytest.fixture
 def real_size_world(
-    tmp_path: Path, shared_datasets: Callable[[Recipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shared_datasets: Callable[[AnyRecipe], tuple[Path, int]], monkeypatch: pytest.MonkeyPatch
 ) -> World:
     """A planned dataset of one class, quick settings, an empty results folder, vit_tiny as it is shipped."""
     return World(tmp_path, shared_datasets, monkeypatch)
@@ -197,6 +213,12 @@ def semi(world: World) -> World:
 def tagged(world: World) -> World:
     """The same world on a dataset of two modalities whose slices have tags instead of masks."""
     return world.use(TAGGED)
+
+
+@pytest.fixture
+def patches(world: World) -> World:
+    """The same world on a dataset of colour patches with tags of three tissues."""
+    return world.use(PATCHES)
 
 
 @pytest.fixture

@@ -48,25 +48,6 @@ def test_3d_fullres_is_refused(world: World, trainer: str):
     assert "3d" in refused(world, trainer, configuration="3d_fullres")
 
 
-def test_a_cascade_is_refused(world: World, trainer: str):
-    world.use(Recipe(), own=True)
-    stages = {
-        "2d_first": {"inherits_from": "2d", "next_stage": "2d_second"},
-        "2d_second": {"inherits_from": "2d", "previous_stage": "2d_first"},
-    }
-    world.edit_json("nnUNetPlans.json", lambda plans: plans["configurations"].update(stages))
-    assert "cascade" in refused(world, trainer, configuration="2d_second")
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_several_gpus_are_refused(world: World, trainer: str):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{world.root}/meeting", rank=0, world_size=1)
-    try:
-        assert "one GPU" in refused(world, trainer)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_resenc_plans_train_and_predict(world: World, trainer: str):
     world.use(Recipe(), own=True)
     assert world.plan_again("nnUNetPlannerResEncM") == "nnUNetResEncUNetMPlans"
@@ -103,28 +84,6 @@ def test_ignored_pixels_get_no_gradient_and_the_label_is_never_predicted(world: 
     assert bool((gradient[ignored] == 0).all())
     assert bool((gradient[~ignored] != 0).any())
     assert 2 not in np.unique(np.concatenate(world.predict(world.model(trainer))))
-
-
-def test_continuing_finishes_the_missing_epochs(world: World, trainer: str):
-    world.settings(epochs=2)
-    built = world.construct(trainer)
-    built.on_epoch_start = _stop_at(built, 1)
-    with pytest.raises(KeyboardInterrupt):
-        built.run_training()
-    world.command(trainer, continue_training=True)
-    assert checkpoint(world, trainer)["current_epoch"] == 2
-    assert len(checkpoint(world, trainer)["logging"]["train_losses"]) == 2
-
-
-def _stop_at(trainer: Any, epoch: int) -> Any:
-    start = trainer.on_epoch_start
-
-    def stopping() -> None:
-        if trainer.current_epoch == epoch:
-            raise KeyboardInterrupt
-        start()
-
-    return stopping
 
 
 def test_continuing_without_a_checkpoint_starts_as_a_fresh_run_would(world: World, trainer: str):
@@ -179,22 +138,6 @@ def test_pretrained_weights_are_where_training_starts(world: World, trainer: str
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_no_checkpoint_is_written_when_checkpointing_is_disabled(world: World, trainer: str):
-    world.command(trainer, disable_checkpointing=True)
-    assert not list(world.model(trainer).rglob("*.pth"))
-    assert (world.model(trainer) / "fold_0" / "validation" / "summary.json").is_file()
-
-
-def test_compilation_is_accepted_and_changes_nothing(world: World, trainer: str, monkeypatch: pytest.MonkeyPatch):
-    world.train(trainer)
-    plain = world.predict(world.model(trainer))
-    monkeypatch.setenv("nnUNet_compile", "t")
-    assert not world.elsewhere("compiled").construct(trainer)._do_i_compile()
-    world.train(trainer)
-    compiled = world.predict(world.model(trainer))
-    assert all(np.array_equal(a, b) for a, b in zip(plain, compiled, strict=True))
-
-
 def test_find_best_configuration_compares_finished_folds(world: World, trainer: str):
     from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 
@@ -237,7 +180,7 @@ def test_cuda_trains_without_mixed_precision(world: World, trainer: str):
     assert np.isfinite(built.logger.get_value("train_losses", 0))
 
 
-def test_a_zip_carries_everything_to_an_empty_results_folder(
+def test_a_bundled_encoder_travels_in_a_zip_to_an_empty_results_folder(
     world: World, trainer: str, sam_file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from nnunetv2.model_sharing.model_export import export_pretrained_model

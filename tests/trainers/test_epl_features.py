@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEMI, World
-from resuming import assert_same, checkpoint, resume
+from resuming import checkpoint, resume
 from tiny_dataset import Recipe, plan, threads_for_processes
 
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
@@ -52,25 +51,6 @@ def test_3d_fullres_trains_and_predicts(semi: World):
     assert [x.shape for x in semi.predict(semi.model(TRAINER, "3d_fullres"))] == [(4, 36, 40), (5, 36, 40)]
 
 
-def test_a_cascade_is_refused(semi: World):
-    semi.use(SEMI, own=True)
-    stages = {
-        "2d_first": {"inherits_from": "2d", "next_stage": "2d_second"},
-        "2d_second": {"inherits_from": "2d", "previous_stage": "2d_first"},
-    }
-    semi.edit_json("nnUNetPlans.json", lambda plans: plans["configurations"].update(stages))
-    assert "cascade" in refused(semi, configuration="2d_second")
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_several_gpus_are_refused(semi: World):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{semi.root}/meeting", rank=0, world_size=1)
-    try:
-        assert "one GPU" in refused(semi)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_resenc_plans_train_and_predict(semi: World):
     semi.use(SEMI, own=True)
     name = semi.plan_again("nnUNetPlannerResEncM")
@@ -103,24 +83,6 @@ def test_ignored_pixels_get_no_gradient_and_the_label_is_never_predicted(semi: W
     assert bool((output[0].grad[ignored] == 0).all())
     assert bool((output[0].grad[~ignored] != 0).any())
     assert 2 not in np.unique(np.concatenate(semi.predict(semi.model(TRAINER))))
-
-
-def test_continuing_finishes_the_missing_epochs(semi: World):
-    semi.settings(epochs=2)
-    built = semi.construct(TRAINER)
-    start = built.on_epoch_start
-
-    def stopping() -> None:
-        if built.current_epoch == 1:
-            raise KeyboardInterrupt
-        start()
-
-    built.on_epoch_start = stopping
-    with pytest.raises(KeyboardInterrupt):
-        built.run_training()
-    semi.command(TRAINER, continue_training=True)
-    assert checkpoint(semi, TRAINER)["current_epoch"] == 2
-    assert len(checkpoint(semi, TRAINER)["logging"]["train_losses"]) == 2
 
 
 def test_validation_alone_writes_the_summary(semi: World):
@@ -172,21 +134,6 @@ def test_pretrained_weights_are_where_training_starts(semi: World):
     assert any(not torch.equal(first["network_weights"][key], other[key]) for key in kept)
 
 
-def test_no_checkpoint_is_written_when_checkpointing_is_disabled(semi: World):
-    semi.settings(export_second=True)
-    semi.command(TRAINER, disable_checkpointing=True)
-    assert not list(semi.model(TRAINER).rglob("*.pth"))
-    assert (semi.model(TRAINER) / "fold_0" / "validation" / "summary.json").is_file()
-
-
-def test_compilation_is_accepted_and_changes_nothing(semi: World, monkeypatch: pytest.MonkeyPatch):
-    semi.train(TRAINER)
-    plain = checkpoint(semi, TRAINER)
-    monkeypatch.setenv("nnUNet_compile", "t")
-    assert not semi.elsewhere("compiled").train(TRAINER)._do_i_compile()
-    assert_same(plain["network_weights"], checkpoint(semi, TRAINER)["network_weights"])
-
-
 def test_bfloat16_on_the_cpu_is_used_when_asked_for(semi: World):
     semi.settings(cpu_bfloat16=True)
     built = semi.construct(TRAINER)
@@ -225,23 +172,6 @@ def test_find_best_configuration_compares_finished_folds(semi: World):
             num_processes=1, folds=(0, 1),
         )  # fmt: skip
     assert found["best_model_or_ensemble"]["selected_model_or_models"][0]["trainer"] == TRAINER
-
-
-def test_a_zip_carries_everything_to_an_empty_results_folder(semi: World):
-    from nnunetv2.model_sharing.model_export import export_pretrained_model
-    from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-
-    semi.command(TRAINER)
-    (semi.model(TRAINER) / "fold_0" / "progress.png").touch()  # nnU-Net's plot is off in fast tests
-    before = semi.predict(semi.model(TRAINER))
-    export_pretrained_model(
-        semi.name, str(semi.root / "model.zip"), ("2d",), TRAINER, folds=(0,), export_crossval_predictions=False
-    )
-    shutil.rmtree(semi.results)
-    semi.elsewhere("received").no_settings()
-    install_model_from_zip_file(str(semi.root / "model.zip"))
-    after = semi.predict(semi.model(TRAINER))
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 # ---------------------------------------------------------------- DeepLabV3+

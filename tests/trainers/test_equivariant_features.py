@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TAGGED, World
-from resuming import assert_same, checkpoint
+from resuming import checkpoint
 from tiny_dataset import plan, threads_for_processes
 
 from nnunet_dgplugins.errors import UnsupportedFeature
@@ -61,25 +60,6 @@ def test_3d_fullres_is_refused(tagged: World):
     assert "no 3d form" in refused(tagged, configuration="3d_fullres")
 
 
-def test_a_cascade_is_refused(tagged: World):
-    tagged.use(TAGGED, own=True)
-    stages = {
-        "2d_first": {"inherits_from": "2d", "next_stage": "2d_second"},
-        "2d_second": {"inherits_from": "2d", "previous_stage": "2d_first"},
-    }
-    tagged.edit_json("nnUNetPlans.json", lambda plans: plans["configurations"].update(stages))
-    assert "cascade" in refused(tagged, configuration="2d_second")
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_several_gpus_are_refused(tagged: World):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tagged.root}/meeting", rank=0, world_size=1)
-    try:
-        assert "one GPU" in refused(tagged)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_resenc_plans_train_and_predict(tagged: World):
     tagged.use(TAGGED, own=True)
     name = tagged.plan_again("nnUNetPlannerResEncM")
@@ -104,24 +84,6 @@ def test_an_ignore_label_is_accepted_and_never_predicted(tagged: World):
     tagged.train(TRAINER)
     predicted = np.concatenate([x.ravel() for x in tagged.predict(tagged.model(TRAINER))])
     assert set(np.unique(predicted)) <= {0, 1}
-
-
-def test_continuing_finishes_the_missing_epochs(tagged: World):
-    tagged.settings(epochs=2)
-    built = tagged.construct(TRAINER)
-    start = built.on_epoch_start
-
-    def stopping() -> None:
-        if built.current_epoch == 1:
-            raise KeyboardInterrupt
-        start()
-
-    built.on_epoch_start = stopping
-    with pytest.raises(KeyboardInterrupt):
-        built.run_training()
-    tagged.command(TRAINER, continue_training=True)
-    assert checkpoint(tagged, TRAINER)["current_epoch"] == 2
-    assert len(checkpoint(tagged, TRAINER)["logging"]["train_losses"]) == 2
 
 
 def test_validation_alone_writes_the_dice_per_volume(tagged: World):
@@ -173,20 +135,6 @@ def test_pretrained_weights_are_where_training_starts(tagged: World):
     assert all(torch.equal(first["network_weights"][key], second["network_weights"][key]) for key in kept)
 
 
-def test_no_checkpoint_is_written_when_checkpointing_is_disabled(tagged: World):
-    tagged.command(TRAINER, disable_checkpointing=True)
-    assert not list(tagged.model(TRAINER).rglob("*.pth"))
-    assert (tagged.model(TRAINER) / "fold_0" / "validation_cam" / "cam_dice.json").is_file()
-
-
-def test_compilation_is_accepted_and_changes_nothing(tagged: World, monkeypatch: pytest.MonkeyPatch):
-    tagged.train(TRAINER)
-    plain = checkpoint(tagged, TRAINER)
-    monkeypatch.setenv("nnUNet_compile", "t")
-    assert not tagged.elsewhere("compiled").train(TRAINER)._do_i_compile()
-    assert_same(plain["network_weights"], checkpoint(tagged, TRAINER)["network_weights"])
-
-
 def test_bfloat16_on_the_cpu_is_used_when_asked_for(tagged: World):
     tagged.settings(cpu_bfloat16=True)
     built = tagged.construct(TRAINER)
@@ -205,23 +153,6 @@ def test_find_best_configuration_finds_nothing_to_score_against_tags(tagged: Wor
             ({"plans": "nnUNetPlans", "configuration": "2d", "trainer": TRAINER},),
             num_processes=1, folds=(0,),
         )  # fmt: skip
-
-
-def test_a_zip_carries_everything_to_an_empty_results_folder(tagged: World):
-    from nnunetv2.model_sharing.model_export import export_pretrained_model
-    from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-
-    tagged.command(TRAINER)
-    (tagged.model(TRAINER) / "fold_0" / "progress.png").touch()  # nnU-Net's plot is off in fast tests
-    before = tagged.predict(tagged.model(TRAINER))
-    export_pretrained_model(
-        tagged.name, str(tagged.root / "model.zip"), ("2d",), TRAINER, folds=(0,), export_crossval_predictions=False
-    )
-    shutil.rmtree(tagged.results)
-    tagged.elsewhere("received").no_settings()
-    install_model_from_zip_file(str(tagged.root / "model.zip"))
-    after = tagged.predict(tagged.model(TRAINER))
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 from nnunet_dgplugins.registry import TRAINERS
 
 HERE = Path(__file__).parent
+SHARED = HERE / "test_support_features.py"  # of every trainer
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in (HERE.parent.parent / "docs" / "support.md").read_text().splitlines()
@@ -33,7 +34,7 @@ def test_every_cell_is_one_of_the_known_values():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_row_names_one_test_of_every_method_that_runs_for_all_its_trainers(method: str):
-    sources = [path.read_text() for path in HERE.glob(f"test_{method}_*.py")]
+    sources = [path.read_text() for path in (*HERE.glob(f"test_{method}_*.py"), SHARED)]
     several = sum(info.module.endswith(f".{method}") for info in TRAINERS.values()) > 1
     for row in ROWS[1:]:
         found = re.findall(rf"^def ({'|'.join(named(row))})\((.*?)\)", "\n".join(sources), re.MULTILINE | re.DOTALL)
@@ -46,10 +47,11 @@ def test_every_name_is_a_test():
     assert {name for row in ROWS[1:] for name in named(row) if f"def {name}(" not in source} == set()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "support"])
 def test_every_test_of_the_features_is_in_the_table(method: str):
     names = set(re.findall(r"^def (test_\w+)\(", (HERE / f"test_{method}_features.py").read_text(), re.MULTILINE))
     assert names - {name for row in ROWS for name in named(row)} <= {
+        "test_a_bundled_encoder_travels_in_a_zip_to_an_empty_results_folder",
         "test_continuing_without_a_checkpoint_starts_as_a_fresh_run_would",
         "test_a_training_begins_with_its_start_weights_or_not_at_all_and_goes_on_without_the_file",
         "test_pretrained_weights_win_over_start_weights",

@@ -63,7 +63,8 @@ class PCNorm(nn.Module):
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.mode == "instance":
-            return F.instance_norm(x, eps=_EPS)
+            # a tile may show a few pixels only, which is a single place here: it equals its own mean
+            return F.instance_norm(x, eps=_EPS) if x.shape[-2] * x.shape[-1] > 1 else torch.zeros_like(x)
         return F.batch_norm(
             x, self.running_mean, self.running_var, None, None, self.training, self.momentum, _EPS
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,10 +26,9 @@ SLOPE = 20.0
 GATES = ("closed", "published", "none")
 
 
-def with_background(scores: Tensor, background: float | Tensor | None) -> Tensor:
-    """Return scores of C classes (N, C, H, W) with background in front (N, C + 1, H, W), closed where it is None."""
-    closed = DEPLOYED_CLOSED if background is None else background
-    first = closed if isinstance(closed, Tensor) else torch.full_like(scores[:, :1], closed)
+def with_background(scores: Tensor, background: float | Tensor) -> Tensor:
+    """Return scores of C classes (N, C, H, W) with those of background in front (N, C + 1, H, W)."""
+    first = background if isinstance(background, Tensor) else torch.full_like(scores[:, :1], background)
     return torch.cat([first, scores], 1)
 
 
@@ -57,7 +57,7 @@ class CAMClassifier(nn.Module):
             present = present_classes(found.logits.sigmoid(), self.threshold)[:, :, None, None]
             scaled = scale_jointly(enlarge(found.layers["bn7"], size) * present)
             scores = torch.where(present, SLOPE * scaled, DEPLOYED_CLOSED)
-            level = None if self.background is None else SLOPE * self.background
+            level = DEPLOYED_CLOSED if self.background is None else SLOPE * self.background
             out[index, :, box[0] : box[1], box[2] : box[3]] = with_background(scores, level)[0]
         return out
 
@@ -104,7 +104,9 @@ class GatedSegmenter(nn.Module):
         for index, box in contents(x):
             shown = crop(x[index : index + 1], box).float()
             scores = precise(self.segmenter(shown) if whole is None else crop(whole[index : index + 1], box))
-            scores, background = scores[:, :count], (scores[:, count:] if scores.shape[1] > count else None)
+            # closed for good where background is no class; a tissue wins however low all tissues' logits are
+            background = scores[:, count:] if scores.shape[1] > count else -math.inf
+            scores = scores[:, :count]
             if self.gate != "none":
                 with torch.autocast(x.device.type, enabled=False):
                     probabilities = self.classifier(shown).sigmoid()
@@ -115,7 +117,7 @@ class GatedSegmenter(nn.Module):
     def _gated(self, scores: Tensor, probabilities: Tensor) -> Tensor:
         if self.gate == "published":
             return published_gate(scores, probabilities, self.threshold)
-        return close(scores, open_classes(probabilities, self.threshold), DEPLOYED_CLOSED)
+        return close(scores, open_classes(probabilities, self.threshold))
 
 
 def moderate(logits: Tensor) -> Tensor:
