@@ -122,7 +122,7 @@ elif [ "$method" = epl ]; then
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 elif [ "$method" = dcam ]; then
   # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights
-  settings "{DCAMClassifierTrainer: {width_divisor: 32, attention: false, epochs: 40}, DCAMTrainer: {network: planned, epochs: 5}}"
+  settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 40}, DCAMTrainer: {network: planned, epochs: 5}}"
   step train_tags nnUNetv2_train 520 2d 0 -tr DCAMClassifierTrainer -device "$device"
   step train_dcam nnUNetv2_train 520 2d 0 -tr DCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/DCAMClassifierTrainer__nnUNetPlans__2d" \

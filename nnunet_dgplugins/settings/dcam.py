@@ -41,7 +41,12 @@ class DCAMClassifierSettings(TrainingSettings):
         "official",
         choices=("instance", "batch", "official", "off"),
     )
-    attention: bool = setting(True, "Progressive dropout attention from the fourth epoch on.", _RELEASED)
+    attention: bool | None = setting(
+        None,
+        "Progressive dropout attention from the fourth epoch on: true, false, or null: with start weights only, "
+        "because from a random start it can reach zero everywhere and end the learning.",
+        "true",
+    )
     attention_divisor: int | None = setting(
         None, "Divides the sum of the classes' attention; null: the number of classes.", "4", minimum=1
     )

@@ -101,7 +101,8 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
             self.print_to_log_file("Frozen: conv1a, b2 and the normalisations that start weights bring.")
         else:
             self.print_to_log_file(
-                f"No start weights: nothing is frozen, normalisations train, momentum {self.settings.momentum:g}."
+                f"No start weights: nothing is frozen, normalisations train, momentum {self.settings.momentum:g}, "
+                f"{'with' if self.attends else 'no'} dropout attention."
             )
         groups = classifier_groups(network, self.initial_lr, self.settings.weight_decay)
         return self.stepwise(torch.optim.SGD(groups, self.initial_lr, self.settings.momentum))
@@ -137,10 +138,16 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
 
     # ---------------------------------------------------------------- steps
 
+    @property
+    def attends(self) -> bool:
+        """Whether the dropout attention is used at all; by default only behind start weights."""
+        wanted = self.settings.attention
+        return bool(self.settings.start_weights) if wanted is None else wanted
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step on whole patches, with dropout attention from the fourth epoch on."""
         images, tags = batch["images"].to(self.device, non_blocking=True), batch["tags"].to(self.device)
-        attend = self.settings.attention and attention_used(self.current_epoch)
+        attend = self.attends and attention_used(self.current_epoch)
         with self.autocast():
             logits = self.network.classifier(images, gamma_at(self.current_epoch) if attend else None)
         return self.take_step(self.loss(logits.float(), tags), batch["keys"])

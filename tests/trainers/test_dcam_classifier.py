@@ -77,7 +77,8 @@ def test_without_start_weights_nothing_is_frozen_and_momentum_is_as_usual(patche
     trainer.initialize()
     before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     trainer.run_training()
-    assert "No start weights: nothing is frozen, normalisations train, momentum 0.9." in log_of(trainer)
+    said = "No start weights: nothing is frozen, normalisations train, momentum 0.9, no dropout attention."
+    assert said in log_of(trainer)
     assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.9}
     after = weights(patches, TRAINER)
     assert [name for name, _ in trainer.network.named_parameters() if torch.equal(before[name], after[name])] == []
@@ -160,9 +161,10 @@ def test_rates_fall_with_every_step_and_the_last_layers_is_ten_times_as_high(pat
 
 
 def test_gradients_reach_everything_that_trains(patches: World):
+    patches.settings(attention=True)
     trainer = patches.construct(TRAINER)
     trainer.on_train_start()
-    trainer.current_epoch = 3  # with attention
+    trainer.current_epoch = 3
     trainer.on_train_epoch_start()
     trainer.optimizer_step = lambda: None
     trainer.train_step(next(trainer.dataloader_train))
