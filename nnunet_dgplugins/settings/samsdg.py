@@ -14,7 +14,7 @@ class _SAMSDGShared(TrainingSettings):
     channels: tuple[int, ...] | None = setting(
         None,
         "Input channels that are shown: one (as grey) or three (published: the slices z-1, z, z+1); null: three if "
-        "the dataset's channel names say so (neighbouring slices, or R, G, B), else channel 0.",
+        "the channel names say so (X_below, X, X_above, or R, G, B), else channel 0. Both steps need the same.",
     )
     field_of_view: str = setting(
         "slice",
