@@ -83,7 +83,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
     def encoder(self) -> FrozenEncoder:
         """SAM's image encoder."""
         found: Any = self.network.image_encoder
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def step_one(self) -> StepOne:

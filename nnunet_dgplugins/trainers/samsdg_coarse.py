@@ -139,7 +139,7 @@ class SAMSDGCoarseTrainer(SliceMaskTrainer):
             )
         if planned and resolved.start_weights:
             raise UserError(f"{cls.__name__}: start_weights are for network=deeplabv3, not for the planned one.")
-        return resolved  # type: ignore[no-any-return]
+        return resolved
 
     @classmethod
     def build_network_architecture(

@@ -14,7 +14,8 @@ import torch
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.files import RESULTS, file_sha256, nnunet_folder, read_json
+from nnunet_dgplugins.files import RESULTS, nnunet_folder, read_json
+from nnunet_dgplugins.sam.weights import hash_state
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
@@ -32,7 +33,7 @@ class StepOne:
         path: of its checkpoint.
         settings: it was trained with.
         weights: of the coarse network.
-        digest: SHA-256 of the checkpoint.
+        digest: SHA-256 of the weights.
         stamp: :func:`data_stamp` of what it was trained on.
         command: that trains it anew.
     """
@@ -92,7 +93,7 @@ def find_step_one(trainer: Any) -> StepOne:
         key[len(_PREFIX) :]: value for key, value in content["network_weights"].items() if key.startswith(_PREFIX)
     }
     stamp = str(content.get(settings.KEY, {}).get(STAMP, ""))
-    return StepOne(path, found, weights, file_sha256(path), stamp, command)
+    return StepOne(path, found, weights, hash_state(weights), stamp, command)
 
 
 def check_same_data(step_one: StepOne, stamp: str, who: str) -> None:
