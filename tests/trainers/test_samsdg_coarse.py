@@ -52,9 +52,9 @@ def test_batch_statistics_move_in_training_alone(small: World):
     built.initialize()
     statistics = built.network.network.rest[0]
     moved: list[tuple[str, int]] = []
-    for name in ("train_step", "validation_step"):
+    for name, own in (("train_step", built.train_step), ("validation_step", built.validation_step)):
 
-        def watched(batch: Any, step: Callable[..., Any] = getattr(built, name), name: str = name) -> Any:
+        def watched(batch: Any, step: Callable[..., Any] = own, name: str = name) -> Any:
             before = int(statistics.num_batches_tracked)
             found = step(batch)
             moved.append((name, int(statistics.num_batches_tracked) - before))
