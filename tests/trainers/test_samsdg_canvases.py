@@ -115,7 +115,7 @@ def test_boxes_jitter_in_training_alone(world: World):
 
 def test_slices_without_a_box_take_no_part_in_training_and_are_background_in_validation(world: World):
     step_one(world)
-    world.settings(empty="background", iterations_per_epoch=None)
+    world.settings(empty="background", box_threshold=0.0, iterations_per_epoch=None)
     built = world.construct(SAM)
     built.initialize()
     plain = built.network.prompts

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import World
-from samsdg_worlds import COARSE, LEARNS, checkpoint
+from samsdg_worlds import COARSE, checkpoint
 from tiny_dataset import Recipe
 from torch import nn
 
@@ -42,7 +42,7 @@ def small(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def test_the_coarse_network_learns_the_organ_of_its_source(world: World):
-    world.settings(**LEARNS)
+    world.settings(iterations_per_epoch=30, initial_lr=3e-3, batch_size=8)
     built = world.train(COARSE)
     assert built.logger.get_value("mean_fg_dice", 0) > 0.6
 
@@ -158,8 +158,8 @@ def test_saliency_shows_the_global_version_and_then_its_mixture_with_the_local_o
     ((whole, by_class, where),) = fused
     assert torch.equal(shown[0], whole.detach())
     torch.testing.assert_close(shown[1], whole.detach() * where + by_class * (1 - where))
-    assert where.min() == 0
-    assert where.max() == 1
+    assert where.amin((2, 3)).max() < 1e-6
+    assert where.amax((2, 3)).min() == 1
     # one step with the sum of both gradients
     network = built.network.network
     network.zero_grad()
