@@ -29,7 +29,7 @@ def batches(world: World, epochs: int = 1, **values: Any) -> tuple[Any, list[lis
     forward, step, start = built.network.image_encoder.forward, built.train_step, built.on_epoch_start
 
     def counted(canvas: torch.Tensor) -> Any:
-        if begun:
+        if begun and built.current_epoch < epochs:
             encoded[built.current_epoch] += len(canvas)
         return forward(canvas)
 
