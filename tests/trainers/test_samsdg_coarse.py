@@ -164,7 +164,7 @@ def test_saliency_shows_the_global_version_and_then_its_mixture_with_the_local_o
     network = built.network.network
     network.zero_grad()
     target, _ = built.target_of(batch["labels"])
-    for images in shown:
+    for images in list(shown):  # which goes on growing
         coarse_loss(network(images), target)["total"].backward()
     held = [p for p in network.parameters() if p in built.optimizer.state]
     for parameter in held[:5]:
