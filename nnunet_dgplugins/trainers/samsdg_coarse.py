@@ -48,9 +48,7 @@ class SliceMaskTrainer(WholeSliceTrainer):
     lr_exponent = 0.0
 
     @classmethod
-    def complete_settings(  # type: ignore[override]
-        cls, resolved: Any, trained: dict[str, Any], dataset_json: dict[str, Any]
-    ) -> Any:
+    def complete_settings(cls, resolved: Any, trained: dict[str, Any], dataset_json: dict[str, Any]) -> Any:
         """Name the channels that null stands for, and refuse those that are not there."""
         if resolved.channels is None:
             three = are_colours(dataset_json) or are_neighbours(dataset_json)

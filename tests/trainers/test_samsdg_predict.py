@@ -123,6 +123,16 @@ def test_other_trainers_are_refused_in_one_sentence(world: World):
     assert "nnUNetv2_predict" in text
 
 
+def test_embed_says_that_canvases_are_the_trainers_own_matter(world: World):
+    world.use(Recipe(), own=True)
+    done = CliRunner().invoke(cli, ["embed", str(world.number), "-tr", SAM])
+    assert "embeds canvases of several slices" in str(done.exception)
+    plans = [str(world.number), "-tr", SAM, "--set", "groupings=2", "-o", "nnUNetPlansTwo"]
+    done = CliRunner().invoke(cli, ["configure", *plans], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "dgplugins embed" not in done.output
+
+
 def test_a_missing_model_fold_or_image_is_one_clear_error(trained: World, tmp_path: Path):
     images, model = trained.raw / "imagesTs", trained.model(SAM)
     with pytest.raises(UserError, match=r"fold_3.*folds that have it: fold_0"):
