@@ -135,7 +135,7 @@ class SAMSDGSettings(_SAMSDGShared):
     empty: str = setting(
         "background",
         "What a class is on a slice where the coarse network does not find it. background: absent, and SAM "
-        "is not trained on it there. full_box: whatever SAM finds in the whole tile (published, where every slice holds "
+        "is not trained on it there. full_box: whatever SAM finds in the whole tile (published, where every slice has "
         "the organ).",
         "released code: full_box",
         choices=("background", "full_box"),
