@@ -42,6 +42,7 @@ _DCAM = (
     "Analysis 2022 (arXiv 2110.08048)"
 )
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
+_SAMSDG = "Leveraging SAM for single-source domain generalization in medical image segmentation (arXiv 2401.02076)"
 
 TRAINERS: dict[str, TrainerInfo] = {
     info.name: info
@@ -112,6 +113,27 @@ TRAINERS: dict[str, TrainerInfo] = {
             output="segmentation",
             after="DCAMClassifierTrainer",
             tags=True,
+        ),
+        TrainerInfo(
+            name="SAMSDGCoarseTrainer",
+            module="nnunet_dgplugins.trainers.samsdg",
+            settings="SAMSDGCoarseSettings",
+            method="SAM-SDG",
+            stage="1: coarse network",
+            paper=_SAMSDG,
+            supervision="masks of one source site",
+            output="coarse segmentation",
+        ),
+        TrainerInfo(
+            name="SAMSDGTrainer",
+            module="nnunet_dgplugins.trainers.samsdg",
+            settings="SAMSDGSettings",
+            method="SAM-SDG",
+            stage="2 and 3: SAM prompted by step 1's boxes, four slices per canvas",
+            paper=_SAMSDG,
+            supervision="masks of one source site",
+            output="segmentation",
+            after="SAMSDGCoarseTrainer",
         ),
     )
 }

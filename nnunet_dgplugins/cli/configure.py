@@ -105,7 +105,7 @@ def command(
     write_json(folder / f"{output}.json", content)
     click.echo(f"Wrote {folder / output}.json: {trainer} on {configuration} with {block}")
     click.echo(f"Train: nnUNetv2_train {dataset} {configuration} 0 -tr {trainer} -p {output}")
-    if getattr(resolved, "sam", None):
+    if hasattr(resolved, "store"):
         click.echo(
             f"Embeddings, if not there yet: dgplugins embed {dataset} -p {output}  (the trainer makes them otherwise)"
         )

@@ -100,6 +100,8 @@ def _chosen(base: Path, plans: str, configuration: str, trainer: str) -> tuple[A
     cls = settings.settings_class(TRAINERS[trainer].settings)
     if "sam" not in cls.__dataclass_fields__:
         raise UserError(f"{trainer} has no SAM encoder, there is nothing to embed.")
+    if "store" not in cls.__dataclass_fields__:
+        raise UserError(f"{trainer} embeds canvases of several slices, which it puts together itself while it trains.")
     path = base / f"{plans}.json"
     if not path.is_file():
         raise UserError(f"{path}: no such plans. Run nnUNetv2_plan_and_preprocess with -c {configuration} first.")

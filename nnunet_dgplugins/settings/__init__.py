@@ -22,11 +22,12 @@ from nnunet_dgplugins.settings.dcam import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.settings.desam import DeSAMSettings
 from nnunet_dgplugins.settings.epl import EPLSettings
 from nnunet_dgplugins.settings.equivariant import EquivariantSettings
+from nnunet_dgplugins.settings.samsdg import SAMSDGCoarseSettings, SAMSDGSettings
 
 __all__ = [
     "KEY", "VARIABLE", "DCAMClassifierSettings", "DCAMSettings", "DeSAMSettings", "EPLSettings", "EquivariantSettings",
-    "TrainingSettings", "build", "configuration_block", "parse_value", "resolve", "settings_class", "to_dict",
-    "trial_settings",
+    "SAMSDGCoarseSettings", "SAMSDGSettings", "TrainingSettings", "build", "configuration_block", "parse_value",
+    "resolve", "settings_class", "to_dict", "trial_settings",
 ]  # fmt: skip
 
 KEY = "dgplugins"
@@ -36,7 +37,10 @@ T = TypeVar("T", bound="TrainingSettings")
 
 def settings_class(name: str) -> type[TrainingSettings]:
     """Return the settings class called ``name``."""
-    known = (DCAMClassifierSettings, DCAMSettings, DeSAMSettings, EPLSettings, EquivariantSettings)
+    known = (
+        DCAMClassifierSettings, DCAMSettings, DeSAMSettings, EPLSettings, EquivariantSettings, SAMSDGCoarseSettings,
+        SAMSDGSettings,
+    )  # fmt: skip
     return {cls.__name__: cls for cls in known}[name]
 
 

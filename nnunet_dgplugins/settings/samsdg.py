@@ -14,7 +14,7 @@ class _SAMSDGShared(TrainingSettings):
     channels: tuple[int, ...] | None = setting(
         None,
         "Input channels that are shown: one (as grey) or three (published: the slices z-1, z, z+1); null: three if "
-        "the dataset's channel names say so (neighbouring slices, or R, G, B), else channel 0.",
+        "the channel names say so (X_below, X, X_above, or R, G, B), else channel 0. Both steps need the same.",
     )
     field_of_view: str = setting(
         "slice",
@@ -134,8 +134,9 @@ class SAMSDGSettings(_SAMSDGShared):
     )
     empty: str = setting(
         "background",
-        "What a class is on a slice where the coarse network does not find it. background: absent. full_box: whatever "
-        "SAM finds in the whole tile (published, where every slice holds the organ).",
+        "What a class is on a slice where the coarse network does not find it. background: absent, and SAM "
+        "is not trained on it there. full_box: whatever SAM finds in the whole tile (published, where every slice has "
+        "the organ).",
         "released code: full_box",
         choices=("background", "full_box"),
     )

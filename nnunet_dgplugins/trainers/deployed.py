@@ -35,7 +35,7 @@ def bundle(
         network.image_encoder.carry()
         content["network_weights"] = network.state_dict()
         write_checkpoint(path, content)
-        say(f"{path}: carries {network.model.described} now, {path.stat().st_size / 2**20:.0f} MiB.")
+        say(f"{path}: carries {network.image_encoder.model.described} now, {path.stat().st_size / 2**20:.0f} MiB.")
     return paths
 
 

@@ -13,9 +13,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.content import Field
 from nnunet_dgplugins.data.loaders import LoadBatch, SliceLoader
-from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.methods.desam.head import DeSAMHead
 from nnunet_dgplugins.methods.desam.losses import desam_loss
 from nnunet_dgplugins.methods.desam.network import build_decoder, load_decoder, trainable_parameters
@@ -27,13 +25,13 @@ from nnunet_dgplugins.sam.embed import prepare_store
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
 from nnunet_dgplugins.sam.segmenter import SliceSegmenter
-from nnunet_dgplugins.sam.slices import SliceSet, masks, read_slices
+from nnunet_dgplugins.sam.slices import masks
 from nnunet_dgplugins.sam.store import EmbeddingStore
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import DeSAMSettings
 from nnunet_dgplugins.system import keep_freed_memory
 from nnunet_dgplugins.trainers.views import SliceViews
-from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
+from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer, are_colours, are_neighbours
 
 
 class DeSAMTrainer(WholeSliceTrainer):
@@ -60,9 +58,8 @@ class DeSAMTrainer(WholeSliceTrainer):
         else:
             resolved = replace(resolved, sam=get_model(resolved.sam).name)
         if resolved.channels is None:
-            names = [str(name).lower() for name in dataset_json["channel_names"].values()]
-            coloured = names[:3] in (["r", "g", "b"], ["rgb_to_0_1"] * 3, ["red", "green", "blue"])
-            resolved = replace(resolved, channels=(0, 1, 2) if coloured else (0,))
+            own = (1,) if are_neighbours(dataset_json) else (0,)
+            resolved = replace(resolved, channels=(0, 1, 2) if are_colours(dataset_json) else own)
         return resolved
 
     def beside_settings(self) -> dict[str, Any]:
@@ -128,37 +125,27 @@ class DeSAMTrainer(WholeSliceTrainer):
 
     # ---------------------------------------------------------------- data
 
-    @property
-    def field(self) -> Field | None:
-        """Rows and columns that the canvas shows at least; None: a slice fills it."""
-        return self.largest_slice if self.settings.field_of_view == "source" else None
-
-    @property
-    def heads(self) -> list[tuple[int, ...]]:
-        """Label values of each mask channel: one for a class, several for a region."""
-        manager = self.label_manager
-        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
-
     def get_dataloaders(self) -> tuple[SliceLoader, SliceLoader]:
         """Return loaders of stored features, computed first where missing; ``online``: of augmented slices."""
         train_cases, val_cases = self.do_split()
         chosen = self.settings
         dataset = self.dataset_class(self.preprocessed_dataset_folder)
         views = SliceViews(chosen.seed, self.configuration_manager.use_mask_for_norm)
-        train = self._slices(
+        size = self.network.model.mask_size
+        train = self.read_slices(
             dataset,
             train_cases,
+            size,
             only_foreground=chosen.train_slices == "foreground",
             drop_last=chosen.drop_last_slice,
             views=0 if chosen.online else chosen.augmented_views,
             augment=views.both,
         )
-        val = self._slices(dataset, val_cases)
+        val = self.read_slices(dataset, val_cases, size)
         batch = chosen.batch_size or self.configuration_manager.batch_size
         load_train: LoadBatch
         if chosen.online:
-            load_train = AugmentedBatches(train, dataset, views.both, self.network.model.mask_size, self.field)
+            load_train = AugmentedBatches(train, dataset, views.both, size, self.field)
         else:
             store = self._store(train_cases, views=chosen.augmented_views, transform=views)
             load_train = StoredBatches(train, store, self.device)
@@ -173,16 +160,6 @@ class DeSAMTrainer(WholeSliceTrainer):
             f"{len(train)} training slices, {len(val)} validation slices, {loaders[0].steps} steps per epoch."
         )
         return loaders
-
-    def _slices(self, dataset: Any, cases: Sequence[str], **options: Any) -> SliceSet:
-        organ = sorted({value for head in self.heads for value in head})
-        found = read_slices(dataset, cases, self.network.model.mask_size, foreground=organ, field=self.field, **options)
-        if not len(found):
-            raise UserError(
-                f"{type(self).__name__}: no slice to train or validate on in {', '.join(cases)} "
-                f"(train_slices={self.settings.train_slices})."
-            )
-        return found
 
     def _store(self, cases: Sequence[str], views: int = 0, transform: SliceViews | None = None) -> EmbeddingStore:
         return prepare_store(
@@ -240,21 +217,7 @@ class DeSAMTrainer(WholeSliceTrainer):
         with self.autocast():
             prediction, deployed = self._validated(features, target, valid, batch)
         loss = self.loss(target=target, valid=valid, variant=self.settings.loss, **prediction)["total"]
-        if self.label_manager.has_regions:
-            predicted = deployed > 0
-        else:
-            winner = torch.cat([torch.zeros_like(deployed[:, :1]), deployed], 1).argmax(1, keepdim=True)
-            predicted = winner == torch.arange(1, deployed.shape[1] + 1, device=winner.device)[None, :, None, None]
-        truth, known = target > 0, torch.ones_like(target[:, :1], dtype=torch.bool) if valid is None else valid > 0
-        counts = {
-            "tp_hard": predicted & truth & known,
-            "fp_hard": predicted & ~truth & known,
-            "fn_hard": ~predicted & truth & known,
-        }
-        return {
-            "loss": loss.cpu().numpy(),
-            **{name: value.sum((0, 2, 3)).cpu().numpy() for name, value in counts.items()},
-        }
+        return {"loss": loss.cpu().numpy(), **self.hard_counts(deployed, target, valid)}
 
     def _validated(
         self, features: list[torch.Tensor], target: torch.Tensor, valid: torch.Tensor | None, batch: dict[str, Any]
@@ -262,12 +225,6 @@ class DeSAMTrainer(WholeSliceTrainer):
         """Return the loss's inputs and the logits that are scored."""
         logits = self.network.head.box(features)
         return {"logits": logits}, self.network.head.finish(logits)
-
-    def on_train_end(self) -> None:
-        """Write the final checkpoint and stop the loaders."""
-        super().on_train_end()
-        for loader in (self.dataloader_train, self.dataloader_val):
-            loader.close()
 
 
 class DeSAMGridTrainer(DeSAMTrainer):

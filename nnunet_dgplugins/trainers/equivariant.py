@@ -264,12 +264,6 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
             write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
         validate_maps(self, save_probabilities)
 
-    def on_train_end(self) -> None:
-        """Write the final checkpoint and stop the loaders."""
-        super().on_train_end()
-        for loader in (self.dataloader_train, self.dataloader_val):
-            loader.close()
-
 
 class _Slices:
     """Whole slices of some cases and their tags, read when a batch wants them."""

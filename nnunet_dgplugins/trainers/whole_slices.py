@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_dgplugins.content import Field
 from nnunet_dgplugins.data.loaders import image_shape
+from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.sam.slices import SliceSet, read_slices
 from nnunet_dgplugins.trainers.base import DGTrainer
 
 #: no scanner's slice is wider than this, mm
@@ -42,8 +46,22 @@ def largest_slice(folder: Path) -> tuple[int, int]:
     return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
+def are_colours(dataset_json: Mapping[str, Any]) -> bool:
+    """Return whether the first three channels are red, green and blue by name."""
+    names = [str(name).lower() for name in dataset_json["channel_names"].values()]
+    return names[:3] in (["r", "g", "b"], ["rgb_to_0_1"] * 3, ["red", "green", "blue"])
+
+
+def are_neighbours(dataset_json: Mapping[str, Any]) -> bool:
+    """Return whether the channels are a slice between its neighbours by name: X_below, X, X_above."""
+    names = [str(name) for name in dataset_json["channel_names"].values()]
+    return len(names) == 3 and names == [f"{names[1]}_below", names[1], f"{names[1]}_above"]
+
+
 class WholeSliceTrainer(DGTrainer):
     """Base of 2d trainers that see a slice as a whole."""
+
+    settings: Any  # with train_slices and field_of_view
 
     @classmethod
     def refusals(cls, configuration: dict[str, Any], dataset_json: dict[str, Any]) -> list[str]:
@@ -73,6 +91,62 @@ class WholeSliceTrainer(DGTrainer):
     def largest_slice(self) -> tuple[int, int]:
         """Rows and columns of the largest preprocessed training slice."""
         return largest_slice(Path(self.preprocessed_dataset_folder))
+
+    @property
+    def field(self) -> Field | None:
+        """Rows and columns that the network's image shows at least; None: a slice fills it."""
+        return self.largest_slice if self.settings.field_of_view == "source" else None
+
+    @property
+    def heads(self) -> list[tuple[int, ...]]:
+        """Label values of each mask channel: one for a class, several for a region."""
+        manager = self.label_manager
+        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
+
+    def read_slices(self, dataset: Any, cases: Sequence[str], size: int, **options: Any) -> SliceSet:
+        """Read slices with labels on a grid of ``size``; options of :func:`nnunet_dgplugins.sam.slices.read_slices`.
+
+        Raises:
+            UserError: there is none.
+        """
+        organ = sorted({value for head in self.heads for value in head})
+        found = read_slices(dataset, cases, size, foreground=organ, field=self.field, **options)
+        if not len(found):
+            raise UserError(
+                f"{type(self).__name__}: no slice to train or validate on in {', '.join(cases)} "
+                f"(train_slices={self.settings.train_slices})."
+            )
+        return found
+
+    def hard_counts(
+        self, deployed: torch.Tensor, target: torch.Tensor, valid: torch.Tensor | None
+    ) -> dict[str, np.ndarray]:
+        """Count what nnU-Net's pseudo Dice is made of.
+
+        Args:
+            deployed: logits (B, K, h, w); a class wins where it is the highest above 0, a region where it is above 0.
+            target: (B, K, h, w), 0 or 1.
+            valid: (B, 1, h, w), 0 where the truth is unknown; None: known everywhere.
+        """
+        if self.label_manager.has_regions:
+            predicted = deployed > 0
+        else:
+            winner = torch.cat([torch.zeros_like(deployed[:, :1]), deployed], 1).argmax(1, keepdim=True)
+            predicted = winner == torch.arange(1, deployed.shape[1] + 1, device=winner.device)[None, :, None, None]
+        truth, known = target > 0, torch.ones_like(target[:, :1], dtype=torch.bool) if valid is None else valid > 0
+        counts = {
+            "tp_hard": predicted & truth & known,
+            "fp_hard": predicted & ~truth & known,
+            "fn_hard": ~predicted & truth & known,
+        }
+        return {name: value.sum((0, 2, 3)).cpu().numpy() for name, value in counts.items()}
+
+    def on_train_end(self) -> None:
+        """Write the final checkpoint and stop the loaders."""
+        super().on_train_end()
+        for loader in (self.dataloader_train, self.dataloader_val):
+            loader.close()
 
     def plot_network_architecture(self) -> None:
         """Draw nothing: the plotting library cannot follow a promptable network."""

@@ -24,6 +24,10 @@ QUICK_GRID = {**QUICK, "grid_size": 2, "validation": "points"}
 QUICK_EPL = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 2, "unlabelled_batch_size": 2}
 QUICK_EQUIVARIANT = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 4, "width_divisor": 16, "initial_lr": 1e-3}
 QUICK_DCAM = {"epochs": 1, "iterations_per_epoch": 2, "batch_size": 3, "initial_lr": 1e-3}
+QUICK_COARSE = {
+    "epochs": 1, "iterations_per_epoch": 2, "batch_size": 4, "network": "planned", "image_size": 64,
+}  # fmt: skip
+QUICK_SAMSDG = {"sam": "vit_tiny", "epochs": 1, "iterations_per_epoch": 2, "batch_size": 8, "empty": "full_box"}
 SEMI = Recipe("Semi", cases=6, unlabelled=3)
 TAGGED = Recipe("Tagged", channels=("noNorm", "noNorm"), tags=True)
 PATCHES = PatchRecipe()
@@ -66,6 +70,7 @@ class World:
             "EquivariantCAMTrainer": QUICK_EQUIVARIANT,
             "DCAMClassifierTrainer": {**QUICK_DCAM, "width_divisor": 32},
             "DCAMTrainer": {**QUICK_DCAM, "network": "planned"},
+            "SAMSDGCoarseTrainer": QUICK_COARSE, "SAMSDGTrainer": QUICK_SAMSDG,
         }  # fmt: skip
         known = {name: settings_class(TRAINERS[name].settings).__dataclass_fields__ for name in quick}
         strange = {key for key in values if not any(key in fields for fields in known.values())}

@@ -16,7 +16,7 @@ from tiny_dataset import Recipe
 from nnunet_dgplugins.errors import UnsupportedFeature
 from nnunet_dgplugins.registry import TRAINERS
 
-RECIPES = {"DeSAM": Recipe(), "EPL": SEMI, "Equivariant": TAGGED, "D-CAM": PATCHES}
+RECIPES = {"DeSAM": Recipe(), "EPL": SEMI, "Equivariant": TAGGED, "D-CAM": PATCHES, "SAM-SDG": Recipe()}
 pytestmark = pytest.mark.parametrize("trainer", list(TRAINERS))
 
 

@@ -1,0 +1,120 @@
+"""Prediction by SAM-SDG with four neighbouring slices on each canvas; everything around it is nnU-Net's own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_dgplugins.errors import BadInput, Problem, UserError
+from nnunet_dgplugins.files import read_json, replacing, write_json
+from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
+
+_PICTURES = "NaturalImage2DIO"  # nnU-Net's reader of colours in one file
+
+
+class FourSlices(nnUNetPredictor):
+    """nnU-Net's predictor, but a case's slices are shown together, four on a canvas; folds are averaged as usual."""
+
+    @torch.inference_mode()
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        """Return logits (heads, Z, Y, X) of a preprocessed case (C, Z, Y, X); no slice is cut into tiles."""
+        network: SAMSDGSegmenter = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
+        network.to(self.device).eval()
+        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+            logits = network.segment_four(input_image.transpose(0, 1).float().to(self.device))[0]
+        return logits.transpose(0, 1)
+
+
+def predict_folder(
+    model_folder: Path,
+    images: Path,
+    output: Path,
+    folds: Sequence[int | str] = (0,),
+    checkpoint: str = "checkpoint_final.pth",
+    device: torch.device | str | None = None,
+    overwrite: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Predict all cases of a folder of nnU-Net's layout; each file is whole or not there.
+
+    Args:
+        model_folder: ``SAMSDGTrainer__<plans>__<configuration>``.
+        images: files ``<case>_0000<ending>`` and so on.
+        output: gets ``<case><ending>``, and ``dataset.json`` and ``plans.json`` as nnU-Net writes them.
+        folds: numbers or ``all``; several are averaged.
+        checkpoint: file in the folds' folders.
+        device: where the networks run; None: CUDA if there is one.
+        overwrite: False leaves out cases that are in ``output`` already, to go on after an interruption.
+        say: receives a line per case.
+
+    Returns:
+        The written files.
+
+    Raises:
+        UserError: no such model or fold, or files are missing; all of them are named.
+    """
+    for path in (model_folder / f"fold_{fold}" / checkpoint for fold in folds):
+        if not path.is_file():
+            there = ", ".join(sorted(p.parent.name for p in model_folder.glob(f"fold_*/{checkpoint}"))) or "none"
+            raise UserError(f"{path}: no such checkpoint; folds that have it: {there}.")
+    description = read_json(model_folder / "dataset.json")
+    ending = description["file_ending"]
+    pictures = read_json(model_folder / "plans.json")["image_reader_writer"] == _PICTURES
+    cases = find_cases(images, ending, 1 if pictures else len(description["channel_names"]))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    predictor = FourSlices(device=device, perform_everything_on_device=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(os.fspath(model_folder), tuple(folds), checkpoint)
+    configuration, plans = predictor.configuration_manager, predictor.plans_manager
+    write_json(output / "dataset.json", predictor.dataset_json)
+    write_json(output / "plans.json", plans.plans)
+    for half_written in output.glob(".tmp-*"):  # by a process that was killed
+        half_written.unlink(missing_ok=True)
+    written = []
+    for number, (case, files) in enumerate(cases.items(), 1):
+        target = output / f"{case}{ending}"
+        if target.is_file() and not overwrite:
+            say(f"{case}: is there already ({number} of {len(cases)})")
+            continue
+        data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
+            [os.fspath(file) for file in files], None, plans, configuration, predictor.dataset_json
+        )
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
+        with replacing(target) as temporary:
+            truncated = os.fspath(temporary)[: -len(ending)]
+            export_prediction_from_logits(
+                logits, properties, configuration, plans, predictor.dataset_json, truncated, False
+            )
+        written.append(target)
+        say(f"{case}: written ({number} of {len(cases)})")
+    return written
+
+
+def find_cases(images: Path, ending: str, files_per_case: int) -> dict[str, list[Path]]:
+    """Return each case's files, one per channel (a picture's colours are one file), cases in order of their names.
+
+    Raises:
+        UserError: there is none.
+        BadInput: a case has more or fewer files.
+    """
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(images.iterdir()):
+        if match := pattern.fullmatch(path.name):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    if not found:
+        raise UserError(f"{images}: no images (<case>_0000{ending}) in it.")
+    problems = [
+        Problem(f"{images / case}_*{ending}", f"files {sorted(files)}", f"{list(range(files_per_case))}")
+        for case, files in found.items()
+        if sorted(files) != list(range(files_per_case))
+    ]
+    if problems:
+        raise BadInput("Images do not fit the model", problems)
+    return {case: [files[index] for index in range(files_per_case)] for case, files in sorted(found.items())}

@@ -1,0 +1,149 @@
+"""Prediction by SAM-SDG: slice by slice through nnU-Net, four neighbours per canvas through ``dgplugins predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from click.testing import CliRunner
+from conftest import World
+from samsdg_worlds import COARSE, SAM, step_one
+from tiny_dataset import Recipe, case_arrays, write_image
+
+from nnunet_dgplugins.cli.main import cli
+from nnunet_dgplugins.errors import BadInput, UserError
+from nnunet_dgplugins.sam.frozen import FrozenEncoder
+from nnunet_dgplugins.trainers.grouped_prediction import find_cases, predict_folder
+
+
+@pytest.fixture
+def trained(world: World) -> World:
+    """A world with both steps trained; SAM is asked everywhere."""
+    step_one(world)
+    world.settings(initial_lr=1e-3, iterations_per_epoch=10)
+    world.train(SAM)
+    return world
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many canvases each call of the encoder saw."""
+    seen: list[int] = []
+    forward = FrozenEncoder.forward
+
+    def counted(self: FrozenEncoder, canvas: torch.Tensor) -> Any:
+        seen.append(len(canvas))
+        return forward(self, canvas)
+
+    monkeypatch.setattr(FrozenEncoder, "forward", counted)
+    return seen
+
+
+def predicted(world: World, out: str, images: Path | None = None, *more: str) -> dict[str, sitk.Image]:
+    """Run the command in this process."""
+    arguments = ["-d", world.number, "-i", images or world.raw / "imagesTs", "-o", world.root / out, "-c", "2d"]
+    done = CliRunner().invoke(
+        cli, ["predict", *map(str, arguments), "-tr", SAM, "-device", "cpu", *more], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    return {path.name: sitk.ReadImage(str(path)) for path in sorted((world.root / out).glob("*.nii.gz"))}
+
+
+def array(image: sitk.Image) -> np.ndarray:
+    return sitk.GetArrayFromImage(image)
+
+
+def test_four_slices_share_a_canvas_at_a_quarter_of_the_encoders_work(trained: World, encoded: list[int]):
+    alone = trained.predict(trained.model(SAM))
+    assert sum(encoded) == 6 + 4  # one canvas per slice
+    encoded.clear()
+    found = predicted(trained, "four")
+    assert sum(encoded) == 2 + 1  # ceil(6 / 4) and ceil(4 / 4)
+    for name, plain in zip(("case_5", "case_6"), alone, strict=True):
+        image, given = found[f"{name}.nii.gz"], sitk.ReadImage(str(trained.raw / "imagesTs" / f"{name}_0000.nii.gz"))
+        assert array(image).shape == plain.shape
+        for part in ("Size", "Origin", "Spacing", "Direction"):
+            np.testing.assert_allclose(getattr(image, f"Get{part}")(), getattr(given, f"Get{part}")(), atol=1e-6)
+        assert (array(image) > 0).any()
+        assert np.mean(array(image) == plain) > 0.8  # neighbours matter, a little
+    assert (trained.root / "four" / "dataset.json").is_file()
+    assert (trained.root / "four" / "plans.json").is_file()
+
+
+def test_both_ways_give_the_same_again_in_any_order_of_cases_and_after_going_on(trained: World):
+    files = trained.images()
+    forwards, backwards = trained.predict(trained.model(SAM), files), trained.predict(trained.model(SAM), files[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(forwards, backwards[::-1], strict=True))
+    first = predicted(trained, "first")
+    (trained.root / "second").mkdir()
+    half_written = trained.root / "second" / ".tmp-1-1-case_5.nii.gz"
+    half_written.write_bytes(b"half")
+    image = trained.root / "one"
+    image.mkdir()
+    (image / "case_6_0000.nii.gz").symlink_to(trained.raw / "imagesTs" / "case_6_0000.nii.gz")
+    predicted(trained, "second", image)
+    kept = (trained.root / "second" / "case_6.nii.gz").stat().st_mtime_ns
+    second = predicted(trained, "second", None, "--continue")
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(array(first[name]), array(second[name])) for name in first)
+    assert (trained.root / "second" / "case_6.nii.gz").stat().st_mtime_ns == kept
+    assert not half_written.exists()
+
+
+def test_padding_and_another_spacing_and_orientation_come_back_to_the_input(trained: World):
+    turn = np.deg2rad(20.0)
+    direction = (np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn), 0, 0, 0, 1)
+    folder = trained.root / "target"
+    write_image(folder / "case_9_0000.nii.gz", case_arrays(Recipe(), 9, (3, 52, 31))[0][0], (0.45, 0.7, 4.0), direction)
+    (found,) = predicted(trained, "out", folder).values()
+    given = sitk.ReadImage(str(folder / "case_9_0000.nii.gz"))
+    assert found.GetSize() == given.GetSize() == (31, 52, 3)
+    np.testing.assert_allclose(found.GetDirection(), given.GetDirection(), atol=1e-6)
+
+
+def test_folds_are_averaged(trained: World):
+    step_one(trained, 1)
+    trained.train(SAM, 1)
+    both = predicted(trained, "both", None, "-f", "0", "-f", "1")
+    one, other = predicted(trained, "0"), predicted(trained, "1", None, "-f", "1")
+    for name, image in both.items():
+        agreed = array(one[name]) == array(other[name])
+        assert np.mean(array(image)[agreed] == array(one[name])[agreed]) > 0.99
+
+
+def test_other_trainers_are_refused_in_one_sentence(world: World):
+    done = CliRunner().invoke(cli, ["predict", "-d", "1", "-i", str(world.root), "-o", "x", "-tr", COARSE])
+    assert isinstance(done.exception, UserError)
+    text = str(done.exception)
+    assert text.startswith(f"{COARSE} shows its network one slice")
+    assert "nnUNetv2_predict" in text
+
+
+def test_embed_says_that_canvases_are_the_trainers_own_matter(world: World):
+    world.use(Recipe(), own=True)
+    done = CliRunner().invoke(cli, ["embed", str(world.number), "-tr", SAM])
+    assert "embeds canvases of several slices" in str(done.exception)
+    plans = [str(world.number), "-tr", SAM, "--set", "groupings=2", "-o", "nnUNetPlansTwo"]
+    done = CliRunner().invoke(cli, ["configure", *plans], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "dgplugins embed" not in done.output
+
+
+def test_a_missing_model_fold_or_image_is_one_clear_error(trained: World, tmp_path: Path):
+    images, model = trained.raw / "imagesTs", trained.model(SAM)
+    with pytest.raises(UserError, match=r"fold_3.*folds that have it: fold_0"):
+        predict_folder(model, images, tmp_path / "out", [3])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        predict_folder(model, tmp_path / "empty", tmp_path / "out", device="cpu")
+    for name in ("a_0000", "a_0001", "b_0001", "c_0000"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(BadInput, match=r"(?s)2 problems.*b_\*.*files \[1\]; expected \[0, 1\].*c_\*"):
+        find_cases(tmp_path, ".nii.gz", 2)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(cli, ["predict", "-d", str(trained.number), "-i", str(images), "-o", "x", "-p", "Other"])
+    assert "no such model. Train it" in str(done.exception)
