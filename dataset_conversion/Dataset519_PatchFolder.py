@@ -105,6 +105,10 @@ def collect(request: FolderRequest) -> PatchSet:
     """
     if request.supervision == MASKS and (request.masks is None or request.protocol == RELEASE):
         raise UserError(f"--supervision {MASKS} needs --masks FOLDER, and goes with --protocol {STRICT} only.")
+    if request.protocol == RELEASE and not request.sources:
+        raise UserError(
+            f"--protocol {RELEASE} is about training patches of other sites; name the source with --source."
+        )
     if request.val + request.test >= 1:
         raise UserError(f"--val {request.val:g} and --test {request.test:g} leave no patch to train on.")
     if not request.root.is_dir():
@@ -136,9 +140,8 @@ def collect(request: FolderRequest) -> PatchSet:
         FACTS.command, request.title, tuple(classes), options, source=source, background=BACKGROUND in (values or {})
     )
     code = make_code(classes, values, colours)
-    parts = any(row.part for row in rows)
     for row in rows:
-        _add(found, request, row, parts, code)
+        _add(found, request, row, code)
     listed = {request.root / row.file for row in rows}
     others = [path for path in sorted(request.root.glob("*")) if path.suffix.casefold() in PICTURES]
     unlisted = [path.name for path in others if path not in listed]
@@ -146,11 +149,17 @@ def collect(request: FolderRequest) -> PatchSet:
         found.notes.append(f"{request.root}: not in {request.tags.name}, left out: {some(unlisted)}")
     found.close(request.exclude)
     _draw(found, request)
+    own = [p for p in found.patches if p.patient is not None and (not request.sources or p.site in request.sources)]
+    sides = [{case_name(p.site, p.patient or "") for p in own if p.part == part} for part in (TRAIN, VAL)]
+    for patient in sorted(sides[0] & sides[1]):
+        fix = "Give all patches of a patient one part, or leave the column out and let --val draw."
+        problem = Problem(str(request.tags), f"patient {patient} trains and validates", "one side for a patient", fix)
+        found.troubles.append(Trouble(problem))
     _hide(found, request)
     return found
 
 
-def _add(found: PatchSet, request: FolderRequest, row: Row, parts: bool, code: Code) -> None:
+def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code) -> None:
     """Add the patch of a row; of a site that is no source it is a test case, or left out."""
     path = request.root / row.file
     name = case_name(row.site, Path(row.file).stem)
@@ -162,9 +171,9 @@ def _add(found: PatchSet, request: FolderRequest, row: Row, parts: bool, code: C
         return
     part = row.part or TRAIN
     if request.sources and row.site not in request.sources:
-        if part == TRAIN and parts and request.protocol != RELEASE:
+        if row.part == TRAIN and request.protocol != RELEASE:
             return  # a target's training patches are none of our business
-        part = TRAIN if part == TRAIN and parts else TEST
+        part = TRAIN if row.part == TRAIN else TEST
     tags = tuple(int(label in row.tags) for label in found.classes)
     mask = _mask(request, row)
     found.patches.append(Patch(name, path, mask, part, row.site, row.patient, row.file, tags, code))

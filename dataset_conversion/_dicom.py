@@ -58,11 +58,18 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file starts as DICOM files do, or says by its name that it is one."""
+    """Return whether a file starts as DICOM files do, or says by its name that it is one.
+
+    Raises:
+        Unreadable: it cannot be opened.
+    """
     if path.suffix.lower() in (".dcm", ".ima"):
         return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read ({error})") from error
 
 
 def find_series(folder: Path) -> list[Series]:

@@ -27,7 +27,7 @@ def list_cases(root: Path, listing: Listing) -> None:
         match = PATIENT.fullmatch(folder.name)
         assert match is not None  # _patients looks for it
         number = int(match["number"])
-        above = (root.name, *folder.relative_to(root).parts[:-1])
+        above = (root.resolve().name, *folder.relative_to(root).parts[:-1])
         site = GE if any(GE_FOLDER.fullmatch(name) for name in above) else SIEMENS
         case = f"{site}_{safe_name(folder.name)}"
         if number in UNUSABLE:

@@ -228,12 +228,13 @@ class PatchSet:
             for patch in self.patches
         ]
         known = {patch.name for patch in self.patches} | {trouble.case for trouble in self.troubles if trouble.case}
-        known |= {f"{patch.site}_{patch.patient}" for patch in self.patches if patch.patient is not None}
+        people = {p.name: case_name(p.site, p.patient) for p in self.patches if p.patient is not None}
+        known |= {*people.values()}
         for name in exclude:
             if name not in known:
                 raise UserError(f"--exclude {name}: no such patch{near(name, known)}")
         out = set(exclude)
-        self.patches = [p for p in self.patches if p.name not in out and f"{p.site}_{p.patient}" not in out]
+        self.patches = [p for p in self.patches if p.name not in out and people.get(p.name) not in out]
         self.troubles = [trouble for trouble in self.troubles if trouble.case not in out]
         self.patches.sort(key=lambda patch: patch.name)
 

@@ -76,7 +76,8 @@ def _sites(site_map: Path | None, facts: Facts, numbers: set[int], listing: List
     if site_map is None:
         listing.warnings.append(
             "PROMISE12 does not say which of its four hospitals a case is from: all cases are one site, PROMISE12. "
-            "Name a list with --site-map to tell UCL, BIDMC and HK apart."
+            "Some are from the hospital of site RUNMC, so it is no unseen site to a model of RUNMC. Name a list with "
+            "--site-map to tell UCL, BIDMC, HK and RUNMC apart."
         )
         return dict.fromkeys(numbers, SITE)
     rows, problems = read_site_list(site_map, ("case", "patientid"))

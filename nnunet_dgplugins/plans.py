@@ -33,11 +33,9 @@ def shrink(
     if patch_size:
         strides = [prod(steps) for steps in zip(*network["strides"], strict=True)]
         if len(patch_size) != len(strides) or any(
-            size < 1 or size % step for size, step in zip(patch_size, strides, strict=True)
+            size < 2 * step or size % step for size, step in zip(patch_size, strides, strict=True)
         ):
-            expected = (
-                f"{len(strides)} multiples of {', '.join(map(str, strides))}, which the network's poolings divide"
-            )
+            expected = f"{len(strides)} multiples, twice at least, of {', '.join(map(str, strides))} (the poolings)"
             problems.append(Problem(f"{where}, patch size", " ".join(map(str, patch_size)), expected))
         configuration["patch_size"] = list(patch_size)
     widths = network["features_per_stage"]

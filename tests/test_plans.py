@@ -32,7 +32,7 @@ def test_batch_patch_and_width_are_changed_together():
 def test_a_patch_that_the_poolings_cannot_divide_and_a_wrong_divisor_are_one_error():
     with pytest.raises(BadInput) as error:
         shrink(copy.deepcopy(PLANNED), patch_size=(66, 63), width_divisor=3, where="Plans.json")
-    assert "Plans.json, patch size: 66 63; expected 2 multiples of 4, 2" in str(error.value)
+    assert "Plans.json, patch size: 66 63; expected 2 multiples, twice at least, of 4, 2" in str(error.value)
     assert "Plans.json, width divisor: 3; expected a divisor of [32, 64, 128]" in str(error.value)
     with pytest.raises(BadInput, match="patch size"):
         shrink(copy.deepcopy(PLANNED), patch_size=(64, 64, 64))

@@ -41,6 +41,8 @@ def command(
     either file).
     """
     if out is not None:
+        if out.suffix != ".safetensors" or dataset or second or spacing:
+            raise click.UsageError("-o takes a .safetensors file and goes with no other option.")
         from nnunet_dgplugins.methods.dcam.mxnet_params import convert_params
 
         click.echo(f"{convert_params(checkpoint, out)} tensors in {out}.")

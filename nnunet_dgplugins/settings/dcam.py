@@ -31,7 +31,8 @@ class DCAMClassifierSettings(TrainingSettings):
     start_weights: str | None = setting(
         None,
         "File of start weights: the public MXNet .params or its conversion to .safetensors, or a released stage 1. "
-        "With them conv1a, b2 and the normalisations are frozen, without them nothing is.",
+        "With them conv1a, b2 and the normalisations (behind an active PCNorm: theirs alone) are frozen, without them "
+        "nothing is.",
         "ilsvrc-cls_rna-a1_cls1000_ep-0001.params",
     )
     pcnorm: str = setting(

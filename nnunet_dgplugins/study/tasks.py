@@ -125,6 +125,7 @@ class _Collection:
         self.study, self.data, self.out, self.device = study, data, out, device
         # another download or other options are other data, in a folder of their own
         parts = [data.convert, data.download, data.prepare, data.first_id, data.options, *data.spacing]
+        parts += [data.masks] if data.masks else []
         mark = content_hash(parts)[:8]
         self.folder = out / "data" / f"{slug(data.name)}-{mark}"
         self.download = data.download or str(self.folder / "download")

@@ -98,7 +98,11 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
             if Path(path).is_file():
                 self.print_to_log_file(f"Start weights: {load_classifier_weights(network, path)}")
             network.freeze()
-            self.print_to_log_file("Frozen: conv1a, b2 and the normalisations that start weights bring.")
+            self.print_to_log_file(
+                "Frozen: conv1a, b2 and "
+                + ("all normalisations." if self.settings.pcnorm in ("official", "off") else "their normalisations; "
+                   "those behind PCNorm train, because its output is nothing like what they were estimated on.")
+            )  # fmt: skip
         else:
             self.print_to_log_file(
                 f"No start weights: nothing is frozen, normalisations train, momentum {self.settings.momentum:g}, "
@@ -126,7 +130,8 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         def load(part: Patches, chosen: Sequence[int], epoch: int | None) -> dict[str, Any]:
             images = [resized(part.image(index), size) for index in chosen]
             if epoch is not None:
-                images = [_flipped(image, self.flips(epoch, int(i))) for image, i in zip(images, chosen, strict=True)]
+                rng = self.draws(epoch, chosen)
+                images = [_flipped(image, rng) for image in images]
             names = [part.cases[index] for index in chosen]
             tags = np.stack([self.tags_of(name) for name in names])
             return {"images": torch.stack(images), "tags": torch.from_numpy(tags), "keys": names}
@@ -301,9 +306,8 @@ class DCAMTrainer(TaggedPatchTrainer):
         )
 
         def load(chosen: Sequence[int], epoch: int) -> dict[str, Any]:
-            images, masks, names = [], [], []
+            images, masks, names, rng = [], [], [], self.draws(epoch, chosen)
             for index in (shown[int(place)] for place in chosen):
-                rng = self.flips(epoch, index)
                 image = torch.cat([train.image(index), torch.from_numpy(self.masks.read(train.cases[index])).float()])
                 image = _flipped(_cut(image, size, rng), rng, vertical=False)
                 images.append(_blurred(image[:3], rng) if self.settings.blur else image[:3])

@@ -60,6 +60,10 @@ class PatchDrawer(Drawer):
                 raise UserError("--threshold says what is background, and background is no class of this dataset.")
             self._background = choices.threshold
         self._labels = class_labels(model.dataset_json)
+        if "ignore" not in model.dataset_json["labels"]:
+            raise UserError(
+                "Pseudo labels leave pixels out, and this dataset has no label `ignore`: add it, the largest value."
+            )
         self._ignore = int(model.dataset_json["labels"]["ignore"])
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +158,9 @@ class TaggedPatchTrainer(DGTrainer):
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (loader.steps for loader in made)
         return made
 
-    def flips(self, epoch: int, index: int) -> np.random.Generator:
-        """Return a patch's own stream of draws in an epoch."""
-        return np.random.default_rng([self.settings.seed, epoch, index, _FLIPS_SEED])
+    def draws(self, epoch: int, chosen: Sequence[int]) -> np.random.Generator:
+        """Return a batch's own stream of draws; a patch that comes twice in an epoch is seen in two ways."""
+        return np.random.default_rng([self.settings.seed, epoch, *map(int, chosen), _FLIPS_SEED])
 
     def on_train_end(self) -> None:
         """Write the final checkpoint and stop the loaders."""

@@ -1,4 +1,7 @@
-"""What both stages deploy: networks from a patch to logits of label values, background first, as nnU-Net wants them."""
+"""What both stages deploy: networks from a patch to logits of label values, background first, as nnU-Net wants them.
+
+Their way depends on the content of each patch and is no graph: nnUNet_compile is accepted and has no effect.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ class CAMClassifier(nn.Module):
         super().__init__()
         self.classifier, self.threshold, self.background = classifier, threshold, background
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Map patches (N, 3, H, W) to logits (N, C + 1, H, W): 20 times a map, -50 for classes that take no part."""
         out = x.new_full(
@@ -52,7 +56,8 @@ class CAMClassifier(nn.Module):
         )
         for index, box in contents(x):
             shown = crop(x[index : index + 1], box).float()
-            found = cams(self.classifier, shown)
+            with torch.autocast(x.device.type, enabled=False):  # the same classes as pseudo masks see
+                found = cams(self.classifier, shown)
             size = (shown.shape[-2], shown.shape[-1])
             present = present_classes(found.logits.sigmoid(), self.threshold)[:, :, None, None]
             scaled = scale_jointly(enlarge(found.layers["bn7"], size) * present)
@@ -93,6 +98,7 @@ class GatedSegmenter(nn.Module):
         self.classifier.eval()
         return self
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Map patches (N, 3, H, W) to K logits in training, to logits (N, C + 1, H, W) of label values at inference."""
         if self.training:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.methods.safe_loading import Loaded, load_matching, read_state_dict
+from nnunet_dgplugins.methods.safe_loading import Loaded, fits_somewhere, load_matching, read_state_dict
 
 DROPOUT = 0.1
 _BACKBONE = "backbone."
@@ -64,9 +64,7 @@ def load_start_weights(network: nn.Module, path: str | os.PathLike[str]) -> Load
     state = {name.replace(_RELEASED_HEAD, _HEAD): value for name, value in read_state_dict(path).items()}
     if not any(name.startswith(_BACKBONE) for name in state):
         state = {_BACKBONE + name: value for name, value in state.items()}
-    own = network.state_dict()
-    # counters of the batches seen have no dimension and fit any network
-    if not any(name in own and own[name].shape == value.shape and value.ndim for name, value in state.items()):
+    if not fits_somewhere(network, state):
         example = ", ".join(name.removeprefix(_BACKBONE) for name in list(state)[:3]) or "no tensor"
         raise UserError(
             f"{path}: nothing fits the coarse network's ResNet-50; found for example {example}. Expected torchvision's "
