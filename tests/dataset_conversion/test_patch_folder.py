@@ -200,3 +200,31 @@ def test_everything_wrong_with_the_table_is_said_at_once(root: Path) -> None:
 def test_the_name_of_the_dataset_is_known_without_opening_a_file() -> None:
     words = ["nowhere", "--id", "620", "--name", "Colon", "--source", "North", "--supervision", "masks"]
     assert planned_name(module, words) == "Dataset620_Colon_North_masks"
+
+
+def with_parts(root: Path, part: dict[int, str]) -> None:
+    """Add a column ``part``, empty where nothing is said of a patch."""
+    head, *lines = (root / "tags.csv").read_text().splitlines()
+    made = [f"{line},{part.get(number, '')}" for number, line in enumerate(lines)]
+    (root / "tags.csv").write_text("\n".join([f"{head},part", *made]) + "\n")
+
+
+def test_release_needs_a_source(root: Path) -> None:
+    with pytest.raises(UserError, match="name the source"):
+        convert(root, protocol="release")
+
+
+def test_a_target_whose_parts_are_not_said_is_tested_on(root: Path) -> None:
+    with_parts(root, {0: "train", 1: "train", 2: "val", 3: "val"})
+    out = convert(root, sources=("North",), masks=root / "masks")
+    assert len(names(out / "imagesTs")) == 4
+
+
+def test_a_patient_on_both_sides_is_refused(root: Path) -> None:
+    with_parts(root, {0: "train", 1: "val"})
+    assert "patient North_p0 trains and validates" in refused(root)
+
+
+def test_a_patient_can_be_left_out(root: Path) -> None:
+    out = convert(root, exclude=("North_p0",))
+    assert len(names(out / "imagesTr")) == 10
