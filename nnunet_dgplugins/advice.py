@@ -32,7 +32,8 @@ def advise(dataset: int | str) -> dict[str, Any]:
     names = _training_cases(raw, preprocessed, content["file_ending"])
     mixed = _foreign_sites(names, table)
     known = names or set(table.cases if table else ())
-    with_tags = sum(has_tags(table, case) for case in known)
+    with_tags = [case for case in known if has_tags(table, case)]
+    patches = [case for case in with_tags if _of_patch(table, case)]
     hidden = len([case for case in without_masks(names, table) if not has_tags(table, case)])
     masks = table is None or any(is_labelled(table, case) for case in known)
     return {
@@ -41,7 +42,9 @@ def advise(dataset: int | str) -> dict[str, Any]:
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
         "trainers": [
-            _fit_tags(info.name, with_tags) if info.tags else _fit(info.name, table, mixed, hidden, masks)
+            _fit_tags(info.name, len(patches), len(with_tags) - len(patches))
+            if info.tags
+            else _fit(info.name, table, mixed, hidden, masks)
             for info in TRAINERS.values()
         ],
         "next": _next(name, number, preprocessed, hidden, masks),
@@ -87,12 +90,20 @@ def _foreign_sites(names: set[str], table: CaseTable | None) -> list[str]:
     return sorted(str(site) for site in sites if site not in table.sources)
 
 
-def _fit_tags(name: str, with_tags: int) -> dict[str, Any]:
-    """Say whether a trainer that learns from tags fits, and why."""
+def _of_patch(table: CaseTable | None, case: str) -> bool:
+    """Return whether a case's tags say of a whole patch which of several classes it shows."""
+    tags = (table.cases[case].tags if table is not None else None) or []
+    return any(isinstance(tag, list) for tag in tags)
+
+
+def _fit_tags(name: str, patches: int, volumes: int) -> dict[str, Any]:
+    """Say whether a trainer that learns from tags fits, and why: D-CAM from tags of patches, the other of slices."""
+    of_patches = TRAINERS[name].method == "D-CAM"
     why = [f"Reads {TRAINERS[name].supervision}; gives {TRAINERS[name].output}."]
-    if with_tags:
-        return {"name": name, "fits": True, "why": [*why, f"{with_tags} cases have tags: what the method is made for."]}
-    return {"name": name, "fits": False, "why": [*why, "No case has tags (derive_tags=true makes them from masks)."]}
+    if found := patches if of_patches else volumes:
+        return {"name": name, "fits": True, "why": [*why, f"{found} cases have tags: what the method is made for."]}
+    lacking = "No patch has tags." if of_patches else "No slice has tags (derive_tags=true makes them from masks)."
+    return {"name": name, "fits": False, "why": [*why, lacking]}
 
 
 def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int, masks: bool) -> dict[str, Any]:

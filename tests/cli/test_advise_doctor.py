@@ -9,6 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from nnunet_dgplugins.cli.main import cli
+from nnunet_dgplugins.registry import TRAINERS
+
+OF_TAGS = [name for name, info in TRAINERS.items() if info.tags]
 
 
 def _dataset(root: Path, cases: dict[str, dict] | None, source: str | None = None) -> None:
@@ -35,7 +38,7 @@ def test_a_single_source_dataset_is_what_desam_is_made_for(nnunet_folders: Path)
     cases = {"a": {"site": "A", "labelled": True}, "b": {"site": "B", "labelled": True}}
     _dataset(nnunet_folders, cases, source="A")
     advice = _advice()
-    assert [item["name"] for item in advice["trainers"] if not item["fits"]] == ["EquivariantCAMTrainer"]  # no tags
+    assert [item["name"] for item in advice["trainers"] if not item["fits"]] == OF_TAGS
     assert "One source site (A), 1 unseen" in " ".join(advice["trainers"][0]["why"])
     assert advice["next"] == ["nnUNetv2_plan_and_preprocess -d 520 -c 2d --verify_dataset_integrity"]
 
@@ -45,6 +48,12 @@ def test_without_masks_no_trainer_that_reads_masks_fits(nnunet_folders: Path):
     advice = _advice()
     assert [item["name"] for item in advice["trainers"] if item["fits"]] == ["EquivariantCAMTrainer"]
     assert "image tags: yes" in advice["facts"]
+
+
+def test_tags_of_patches_speak_for_dcam(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": False, "tags": [[1]]}})
+    fits = [item["name"] for item in _advice()["trainers"] if item["fits"]]
+    assert fits == ["DCAMClassifierTrainer", "DCAMTrainer"]
 
 
 def test_cases_without_masks_speak_for_epl(nnunet_folders: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def write_dicom(
 ) -> list[Path]:
     """Write a series, one file per slice from below; ``shear`` shifts each slice by so many mm along a row."""
     folder.mkdir(parents=True, exist_ok=True)
+    spoken = locale.setlocale(locale.LC_ALL)  # the writer leaves C behind, and other tests could not read their texts
     writer = sitk.ImageFileWriter()
     writer.SetImageIO("GDCMImageIO")
     writer.KeepOriginalImageUIDOn()
@@ -71,6 +73,7 @@ def write_dicom(
         plain = path.with_name(f"{path.name}.dcm")
         writer.SetFileName(str(plain))
         writer.Execute(piece)
+        locale.setlocale(locale.LC_ALL, spoken)
         paths.append(plain.rename(path))
     return paths
 
