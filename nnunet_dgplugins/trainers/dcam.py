@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from scipy.ndimage import gaussian_filter
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.folds import has_tags
@@ -38,6 +37,9 @@ from nnunet_dgplugins.trainers.patches import (
     Patches,
     TaggedPatchTrainer,
     background_is_class,
+    blurred,
+    cut,
+    flipped,
     positions,
     resized,
     said,
@@ -131,7 +133,7 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
             images = [resized(part.image(index), size) for index in chosen]
             if epoch is not None:
                 rng = self.draws(epoch, chosen)
-                images = [_flipped(image, rng) for image in images]
+                images = [flipped(image, rng) for image in images]
             names = [part.cases[index] for index in chosen]
             tags = np.stack([self.tags_of(name) for name in names])
             return {"images": torch.stack(images), "tags": torch.from_numpy(tags), "keys": names}
@@ -309,8 +311,8 @@ class DCAMTrainer(TaggedPatchTrainer):
             images, masks, names, rng = [], [], [], self.draws(epoch, chosen)
             for index in (shown[int(place)] for place in chosen):
                 image = torch.cat([train.image(index), torch.from_numpy(self.masks.read(train.cases[index])).float()])
-                image = _flipped(_cut(image, size, rng), rng, vertical=False)
-                images.append(_blurred(image[:3], rng) if self.settings.blur else image[:3])
+                image = flipped(cut(image, size, rng), rng, vertical=False)
+                images.append(blurred(image[:3], rng) if self.settings.blur else image[:3])
                 masks.append(image[3:])
                 names.append(train.cases[index])
             stacked = torch.stack(masks).to(torch.uint8)
@@ -373,29 +375,3 @@ class DCAMTrainer(TaggedPatchTrainer):
             "val_losses", float(np.nanmean(losses)) if not np.isnan(losses).all() else 0.0, self.current_epoch
         )
         self.print_to_log_file(f"Validation patches, without the gate: {said(found)}")
-
-
-def _flipped(image: torch.Tensor, rng: np.random.Generator, vertical: bool = True) -> torch.Tensor:
-    """Return (C, H, W) mirrored with probability 0.5 along each axis asked for."""
-    axes = [axis for axis, drawn in ((-1, rng.random() < 0.5), (-2, vertical and rng.random() < 0.5)) if drawn]
-    return image.flip(axes) if axes else image
-
-
-def _cut(image: torch.Tensor, size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
-    """Return a drawn window of (3 + 3, H, W), image and masks together; small ones are padded, masks with unknown."""
-    if image.shape[1:] == size:
-        return image
-    missing = [max(0, wanted - have) for wanted, have in zip(size, image.shape[1:], strict=True)]
-    padding = (0, missing[1], 0, missing[0])
-    padded = [torch.nn.functional.pad(image[:3], padding), torch.nn.functional.pad(image[3:], padding, value=IGNORE)]
-    image = torch.cat(padded)
-    top, left = (int(rng.integers(0, have - wanted + 1)) for wanted, have in zip(size, image.shape[1:], strict=True))
-    return image[:, top : top + size[0], left : left + size[1]]
-
-
-def _blurred(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Return (3, H, W) blurred with probability 0.5, by a Gaussian of up to one pixel."""
-    if rng.random() >= 0.5:
-        return image
-    sigma = rng.random()
-    return torch.from_numpy(gaussian_filter(image.numpy(), (0, sigma, sigma)))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from scipy.ndimage import gaussian_filter
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
@@ -286,3 +287,29 @@ def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if image.shape[1:] == size:
         return image
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def flipped(image: torch.Tensor, rng: np.random.Generator, vertical: bool = True) -> torch.Tensor:
+    """Return (C, H, W) mirrored with probability 0.5 along each axis asked for."""
+    axes = [axis for axis, drawn in ((-1, rng.random() < 0.5), (-2, vertical and rng.random() < 0.5)) if drawn]
+    return image.flip(axes) if axes else image
+
+
+def cut(image: torch.Tensor, size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+    """Return a drawn window of (3 + 3, H, W), image and masks together; small ones are padded, masks with unknown."""
+    if image.shape[1:] == size:
+        return image
+    missing = [max(0, wanted - have) for wanted, have in zip(size, image.shape[1:], strict=True)]
+    padding = (0, missing[1], 0, missing[0])
+    padded = [F.pad(image[:3], padding), F.pad(image[3:], padding, value=IGNORE)]
+    image = torch.cat(padded)
+    top, left = (int(rng.integers(0, have - wanted + 1)) for wanted, have in zip(size, image.shape[1:], strict=True))
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def blurred(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Return (3, H, W) blurred with probability 0.5, by a Gaussian of up to one pixel."""
+    if rng.random() >= 0.5:
+        return image
+    sigma = rng.random()
+    return torch.from_numpy(gaussian_filter(image.numpy(), (0, sigma, sigma)))

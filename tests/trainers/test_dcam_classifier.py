@@ -286,7 +286,7 @@ def test_some_epochs_teach_which_tissue_is_where(patches: World):
     recipe = replace(PATCHES, name="Learn", cases=26, sizes=((48, 48),))
     # the tissues here differ in plain colour alone, which PCNorm takes for style
     patches.use(recipe).settings(
-        epochs=8, iterations_per_epoch=5, batch_size=8, initial_lr=0.01, width_divisor=16, pcnorm="off"
+        epochs=20, iterations_per_epoch=5, batch_size=8, initial_lr=0.01, width_divisor=16, pcnorm="off"
     )
     network = patches.train(TRAINER).network.eval()
     pictures, labels, tags = zip(*[patch(recipe, number) for number in range(26, 38)], strict=True)
