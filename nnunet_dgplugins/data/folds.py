@@ -84,6 +84,11 @@ def tagged(names: Iterable[str], table: CaseTable | None) -> list[str]:
     ]
 
 
+def tagged_elsewhere(names: Iterable[str], table: CaseTable) -> list[str]:
+    """Return the cases with tags of sites that are no source."""
+    return [name for name in names if has_tags(table, name) and table.site_of(name) not in table.sources]
+
+
 def is_labelled(table: CaseTable | None, name: str) -> bool:
     """Return whether a case has masks; one that the table does not list has."""
     return table is None or name not in table.cases or table.cases[name].labelled

@@ -175,11 +175,24 @@ class DGTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- seeds, progress, checkpoints
 
     def on_train_start(self) -> None:
-        """Log the resolved settings, then do what nnU-Net does."""
+        """Refuse to begin without the start weights that the settings name; log the settings; do what nnU-Net does.
+
+        A training that goes on does without the file.
+        """
+        path = getattr(self.settings, "start_weights", None)
+        if path and self.current_epoch == 0 and not Path(path).is_file():
+            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
         self.print_to_log_file(f"Settings of {type(self).__name__}: {settings.to_dict(self.settings)}")
         for half_written in Path(self.output_folder).glob(".tmp-*"):  # by a process that was killed while saving
             half_written.unlink(missing_ok=True)
         super().on_train_start()
+
+    def on_train_end(self) -> None:
+        """Write the final checkpoint and stop the loaders of ours."""
+        super().on_train_end()
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if hasattr(loader, "close"):
+                loader.close()
 
     def on_train_epoch_start(self) -> None:
         """Reseed from (seed, epoch), so that a resumed run draws what an uninterrupted one would."""

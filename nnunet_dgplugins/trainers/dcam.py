@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.data.folds import has_tags
+from nnunet_dgplugins.data.folds import tagged_elsewhere
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.confusion import Matrix, confusion, dataset_scores
 from nnunet_dgplugins.methods.dcam.attention import attention_used, gamma_at
@@ -26,13 +26,13 @@ from nnunet_dgplugins.methods.dcam.segmenter import CAMClassifier, GatedSegmente
 from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.trainers.dcam_stages import (
     CLASSIFIER,
-    Classifier,
+    STAGE_ONE,
     PseudoMasks,
     find_classifier,
-    finished_fold,
     refuse_other_classifier,
     stage_stamp,
 )
+from nnunet_dgplugins.trainers.earlier_stage import Finished
 from nnunet_dgplugins.trainers.patches import (
     Patches,
     TaggedPatchTrainer,
@@ -204,7 +204,7 @@ class DCAMTrainer(TaggedPatchTrainer):
     @classmethod
     def require_inputs(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
         """Refuse to begin before stage 1 has finished this fold."""
-        finished_fold(cls.__name__, plans, configuration, fold)
+        STAGE_ONE.checkpoint(cls.__name__, plans, configuration, fold)
 
     def beside_settings(self) -> dict[str, Any]:
         """Keep what the network inside and the number of outputs depend on."""
@@ -213,7 +213,7 @@ class DCAMTrainer(TaggedPatchTrainer):
         return {"background": background_is_class(self.dataset_json), CLASSIFIER: first}
 
     @property
-    def stage_one(self) -> Classifier:
+    def stage_one(self) -> Finished:
         """Stage 1's finished result; looked for once.
 
         Raises:
@@ -279,7 +279,7 @@ class DCAMTrainer(TaggedPatchTrainer):
         train, val = self.fold_split()
         if self.table.protocol.get("protocol") == "release":
             present = sorted(path.name[: -len(".pkl")] for path in Path(self.preprocessed_dataset_folder).glob("*.pkl"))
-            train = [n for n in present if has_tags(self.table, n) and self.table.site_of(n) not in self.table.sources]
+            train = tagged_elsewhere(present, self.table)
             self.print_to_log_file(f"Protocol release: trains on {len(train)} tagged patches of the target.")
         return train, val
 

@@ -14,7 +14,7 @@ import torch
 
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
-from nnunet_dgplugins.data.folds import has_tags, tagged
+from nnunet_dgplugins.data.folds import tagged, tagged_elsewhere
 from nnunet_dgplugins.data.loaders import image_shape, read_image, read_properties
 from nnunet_dgplugins.data.raw_dataset import RawDataset
 from nnunet_dgplugins.data.tags import image_tags
@@ -84,17 +84,13 @@ class PatchDrawer(Drawer):
         found = tagged(names, self.table)
         if self._release:
             validate = {case for fold in folds or () for case in fold["val"]}
-            found = sorted({*self._of_target(names), *(case for case in found if case in validate)})
+            found = sorted({*tagged_elsewhere(names, self.table), *(case for case in found if case in validate)})
         return [case for case in found if self._background is not None or self._tags(case).any()]
-
-    def _of_target(self, names: Sequence[str]) -> list[str]:
-        table = self.table
-        return [name for name in names if has_tags(table, name) and table.site_of(name) not in table.sources]
 
     def folds(self, folds: Any, cases: Sequence[str]) -> Any:
         """Return the model's folds; under ``release`` their training patches are the target's."""
         if folds and self._release:
-            folds = [{**fold, "train": self._of_target(cases)} for fold in folds]
+            folds = [{**fold, "train": tagged_elsewhere(cases, self.table)} for fold in folds]
         return super().folds(folds, cases)
 
     def groups(self, cases: Sequence[str]) -> list[list[str]]:

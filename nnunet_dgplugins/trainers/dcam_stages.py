@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,8 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import (
-    RESULTS,
     content_hash,
     human_bytes,
-    nnunet_folder,
     read_json,
     replacing,
     require_disk,
@@ -28,34 +24,17 @@ from nnunet_dgplugins.files import (
 from nnunet_dgplugins.methods.dcam.maps import LAYERS
 from nnunet_dgplugins.methods.dcam.masks import pseudo_masks
 from nnunet_dgplugins.settings import DCAMClassifierSettings
-from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
-from nnunet_dgplugins.trainers.patches import Patches
+from nnunet_dgplugins.trainers.earlier_stage import Finished, Stage
+from nnunet_dgplugins.trainers.patches import Patches, background_is_class
 
 if TYPE_CHECKING:
     from nnunet_dgplugins.trainers.dcam import DCAMTrainer
 
-STAGE_ONE = "DCAMClassifierTrainer"
+STAGE_ONE = Stage("DCAMClassifierTrainer", "stage 1", "classifier.")
 FOLDER = "dgplugins_pseudo_masks"
 CLASSIFIER = "classifier"  # key in the plans beside stage 2's model: stage 1's settings
-_PREFIX = "classifier."  # of its tensors in stage 1's checkpoint
-_FINAL = "checkpoint_final.pth"
 _BUILT_FROM = ("width_divisor", "pcnorm")
 _SAYS_EVERY = 30.0  # seconds
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Stage 1's finished result.
-
-    Args:
-        settings: it was trained with.
-        weights: of the tower.
-        digest: hash of the weights.
-    """
-
-    settings: DCAMClassifierSettings
-    weights: dict[str, torch.Tensor]
-    digest: str
 
 
 def stage_stamp(table: CaseTable, cases: Sequence[str], dataset_json: Mapping[str, Any]) -> str:
@@ -64,59 +43,20 @@ def stage_stamp(table: CaseTable, cases: Sequence[str], dataset_json: Mapping[st
     return content_hash([tags, dataset_json["labels"], table.protocol.get("input")])
 
 
-def finished_fold(trainer: str, plans: Mapping[str, Any], configuration: str, fold: int | str) -> Path:
-    """Return the folder of a fold that stage 1 has finished.
-
-    Args:
-        trainer: who asks.
-        plans: content of the plans.
-        configuration: of the plans.
-        fold: number, or ``all``.
-
-    Raises:
-        UserError: it is missing or unfinished; with the command to run.
-    """
-    name = f"{STAGE_ONE}__{plans['plans_name']}__{configuration}"
-    folder = nnunet_folder(RESULTS) / plans["dataset_name"] / name / f"fold_{fold}"
-    if not (path := folder / _FINAL).is_file():
-        begun = any(folder.glob("checkpoint_*.pth"))
-        raise UserError(
-            f"{trainer}: stage 1 {'is not finished' if begun else 'is missing'}, no {path}. "
-            f"Run: {_command(plans, configuration, fold)}{' --c' if begun else ''}"
-        )
-    return folder
-
-
-def _command(plans: Mapping[str, Any], configuration: str, fold: int | str) -> str:
-    words = f"nnUNetv2_train {int(plans['dataset_name'][7:10])} {configuration} {fold} -tr {STAGE_ONE}"
-    return words if plans["plans_name"] == "nnUNetPlans" else f"{words} -p {plans['plans_name']}"
-
-
-def find_classifier(trainer: DCAMTrainer) -> Classifier:
+def find_classifier(trainer: DCAMTrainer) -> Finished:
     """Return stage 1's result of the trainer's dataset, plans, configuration and fold.
 
     Raises:
         UserError: it is missing, unfinished, or made from other tags; with the command to run.
     """
-    plans, configuration = trainer.plans_manager.plans, trainer.configuration_name
-    folder = finished_fold(type(trainer).__name__, plans, configuration, trainer.fold)
-    content = read_checkpoint(folder / _FINAL)
+    found = STAGE_ONE.find(trainer)
     cases, _ = trainer.fold_split()
-    if content.get(settings.KEY, {}).get("stamp") != stage_stamp(trainer.table, cases, trainer.dataset_json):
+    if found.stamp != stage_stamp(trainer.table, cases, trainer.dataset_json):
         raise UserError(
-            f"{type(trainer).__name__}: {folder / _FINAL} was trained on other patches, tags or classes than the "
-            f"dataset has now. Remove {folder} and run: {_command(plans, configuration, trainer.fold)}"
+            f"{type(trainer).__name__}: {found.path} was trained on other patches, tags or classes than the "
+            f"dataset has now. Remove {found.path.parent} and run: {found.command}"
         )
-    block = settings.configuration_block(read_json(folder.parent / "plans.json"), configuration, STAGE_ONE)
-    weights = {
-        key[len(_PREFIX) :]: value for key, value in content["network_weights"].items() if key.startswith(_PREFIX)
-    }
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode() + weights[key].numpy().tobytes())
-    return Classifier(
-        settings.build(DCAMClassifierSettings, block, str(folder.parent)), weights, digest.hexdigest()
-    )  # fmt: skip
+    return found
 
 
 def refuse_other_classifier(trainer: DCAMTrainer, first: Mapping[str, Any]) -> None:
@@ -151,8 +91,7 @@ def draws_white(chosen: DCAMClassifierSettings, dataset_json: Mapping[str, Any])
 
 def background_level(chosen: DCAMClassifierSettings, dataset_json: Mapping[str, Any]) -> float | None:
     """Return the threshold below which pixels are background where that is a class of the dataset, else None."""
-    own = dataset_json.get(settings.KEY, {}).get("protocol", {}).get("background", False)
-    return chosen.background_threshold if own else None
+    return chosen.background_threshold if background_is_class(dataset_json) else None
 
 
 class PseudoMasks:

@@ -245,13 +245,6 @@ class EPLTrainer(DGTrainer):
 
     # ---------------------------------------------------------------- steps
 
-    def on_train_start(self) -> None:
-        """Refuse to begin without the start weights."""
-        path = self.settings.start_weights
-        if path and self.current_epoch == 0 and not Path(path).is_file():
-            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
-        super().on_train_start()
-
     def on_train_epoch_start(self) -> None:
         """Start the epoch's own stream of masks and partners."""
         super().on_train_epoch_start()
@@ -365,9 +358,8 @@ class EPLTrainer(DGTrainer):
         self.second_network.load_state_dict(extra["second_network"])
 
     def on_train_end(self) -> None:
-        """Write the final checkpoint, and network 2 as a fold where asked for, and stop the loaders."""
+        """Write the final checkpoint, and network 2 as a fold where asked for."""
         super().on_train_end()
-        self.dataloader_train.close()
         self.after_training()
 
     def after_training(self) -> None:

@@ -25,6 +25,7 @@ from nnunet_dgplugins.methods.dcam.masks import IGNORE
 from nnunet_dgplugins.methods.dcam.optimisation import poly, set_learning_rate
 from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.trainers.base import DGTrainer
+from nnunet_dgplugins.trainers.earlier_stage import STAMP
 from nnunet_dgplugins.trainers.validation import known_mask, predicted_logits
 
 SCORES = "iou.json"
@@ -130,18 +131,11 @@ class TaggedPatchTrainer(DGTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Keep what the network was trained on, so that a later stage and a continued training can tell."""
-        return {"stamp": self.stamp}
+        return {STAMP: self.stamp}
 
     def load_extra_state(self, extra: dict[str, Any] | None) -> None:
         """Take over what a continued training was begun with."""
-        self._stamp_loaded = (extra or {}).get("stamp")
-
-    def on_train_start(self) -> None:
-        """Refuse to begin without the start weights that the settings name."""
-        path = self.settings.start_weights
-        if path and self.current_epoch == 0 and not Path(path).is_file():
-            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
-        super().on_train_start()
+        self._stamp_loaded = (extra or {}).get(STAMP)
 
     # ---------------------------------------------------------------- loaders
 
@@ -162,12 +156,6 @@ class TaggedPatchTrainer(DGTrainer):
     def draws(self, epoch: int, chosen: Sequence[int]) -> np.random.Generator:
         """Return a batch's own stream of draws; a patch that comes twice in an epoch is seen in two ways."""
         return np.random.default_rng([self.settings.seed, epoch, *map(int, chosen), _FLIPS_SEED])
-
-    def on_train_end(self) -> None:
-        """Write the final checkpoint and stop the loaders."""
-        super().on_train_end()
-        for loader in (self.dataloader_train, self.dataloader_val):
-            loader.close()
 
     def take_step(self, loss: torch.Tensor, keys: Any) -> dict[str, Any]:
         """Differentiate, step, and decay the rate where no budget does so."""
@@ -198,7 +186,7 @@ class TaggedPatchTrainer(DGTrainer):
         if not self.disable_checkpointing:  # thresholds and the gate may have been changed since the training
             write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
         folder = Path(self.output_folder) / CAM_VALIDATION
-        labels = [0] * _background(self.dataset_json) + self.class_labels
+        labels = [0] * background_is_class(self.dataset_json) + self.class_labels
         reader = self.plans_manager.image_reader_writer_class()
         folder.mkdir(parents=True, exist_ok=True)
         matrices: list[Matrix] = []
@@ -230,10 +218,6 @@ def class_labels(dataset_json: Mapping[str, Any]) -> list[int]:
 def background_is_class(dataset_json: Mapping[str, Any]) -> bool:
     """Return whether pixels of no class are a target; in the published sets every pixel is tissue or excluded."""
     return bool(dataset_json.get(settings.KEY, {}).get("protocol", {}).get("background", False))
-
-
-def _background(dataset_json: Mapping[str, Any]) -> int:
-    return int(background_is_class(dataset_json))
 
 
 def positions(values: npt.NDArray[np.int64], labels: list[int], background: bool) -> npt.NDArray[np.uint8]:

@@ -36,9 +36,10 @@ from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 from nnunet_dgplugins.sam.slices import masks
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings, SAMSDGSettings
+from nnunet_dgplugins.trainers.earlier_stage import Finished
 from nnunet_dgplugins.trainers.samsdg_canvases import CanvasBatches, Canvases, CaseBatches, PromptedSlices, prompt
 from nnunet_dgplugins.trainers.samsdg_coarse import SAMSDGCoarseTrainer, SliceMaskTrainer, build_coarse
-from nnunet_dgplugins.trainers.samsdg_step_one import StepOne, check_same_data, find_step_one
+from nnunet_dgplugins.trainers.samsdg_step_one import check_same_data, find_step_one
 
 __all__ = ["SAMSDGCoarseTrainer", "SAMSDGTrainer"]
 
@@ -86,7 +87,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         return found
 
     @property
-    def step_one(self) -> StepOne:
+    def step_one(self) -> Finished:
         """Step 1's finished result; looked for once."""
         if not hasattr(self, "_step_one"):
             self._step_one = find_step_one(self)

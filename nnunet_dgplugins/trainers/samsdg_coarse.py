@@ -27,7 +27,8 @@ from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings
 from nnunet_dgplugins.system import keep_freed_memory
 from nnunet_dgplugins.trainers.base import flattened
-from nnunet_dgplugins.trainers.samsdg_step_one import STAMP, data_stamp
+from nnunet_dgplugins.trainers.earlier_stage import STAMP
+from nnunet_dgplugins.trainers.samsdg_step_one import data_stamp
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer, are_colours, are_neighbours
 
 _SIDES = (32, 32)  # of which the images of deeplabv3 are a multiple
@@ -189,13 +190,6 @@ class SAMSDGCoarseTrainer(SliceMaskTrainer):
             SliceLoader(len(train), partial(load, train), batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
             SliceLoader(len(val), partial(load, val), batch),
         )
-
-    def on_train_start(self) -> None:
-        """Refuse to begin without the start weights that the settings name."""
-        path = self.settings.start_weights
-        if path and self.current_epoch == 0 and not Path(path).is_file():
-            raise UserError(f"{type(self).__name__}: start_weights: no file {path}.")
-        super().on_train_start()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One step; with saliency two passes and one step of the optimiser with both gradients."""

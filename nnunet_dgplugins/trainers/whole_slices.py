@@ -142,11 +142,5 @@ class WholeSliceTrainer(DGTrainer):
         }
         return {name: value.sum((0, 2, 3)).cpu().numpy() for name, value in counts.items()}
 
-    def on_train_end(self) -> None:
-        """Write the final checkpoint and stop the loaders."""
-        super().on_train_end()
-        for loader in (self.dataloader_train, self.dataloader_val):
-            loader.close()
-
     def plot_network_architecture(self) -> None:
         """Draw nothing: the plotting library cannot follow a promptable network."""
