@@ -57,6 +57,14 @@ class Budget:
         if len(given) != 1 or given[0] <= 0:
             raise UserError("A budget is exactly one of minutes, epochs and iterations, above 0.")
 
+    def part(self, share: float) -> Budget:
+        """Return a share of it; of steps and epochs one at least."""
+        return Budget(
+            None if self.minutes is None else self.minutes * share,
+            None if self.epochs is None else max(1, round(self.epochs * share)),
+            None if self.iterations is None else max(1, round(self.iterations * share)),
+        )
+
     def words(self) -> list[str]:
         """Return the option and its value, as typed."""
         return next(

@@ -44,6 +44,9 @@ _DCAM = (
 _DESAM = "Gao et al., DeSAM: Decoupled Segment Anything Model, MICCAI 2024 (arXiv 2306.00499)"
 _SAMSDG = "Leveraging SAM for single-source domain generalization in medical image segmentation (arXiv 2401.02076)"
 
+#: the trainer whose network can be shown several slices together, by ``dgplugins predict``
+GROUPS_SLICES = "SAMSDGTrainer"
+
 TRAINERS: dict[str, TrainerInfo] = {
     info.name: info
     for info in (

@@ -10,26 +10,28 @@
 #                                        pseudo labels for as long
 #   bash scripts/demo.sh dcam            D-CAM on made tissue patches of two hospitals: tags of one train both stages, and
 #                                        stock nnU-Net on the pseudo labels; the other one is predicted
+#   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
+#                                        stock nnU-Net for as long as both
 #   bash scripts/demo.sh ... --data DIR  the real download, same steps (SAML layout; equivariant: BraTS 2019; dcam: a folder
 #                                        with LUAD-HistoSeg and BCSS-WSSS, which needs a GPU)
 #
 # Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; others: demo_output_METHOD)
-#          desam: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (100; 5000 with --data)
+#          desam, samsdg: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (100; 5000 with --data)
 # Killed or stopped? Run it again: finished steps are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 method=desam
-case "${1:-}" in desam | epl | equivariant | dcam) method="$1"; shift ;; esac
+case "${1:-}" in desam | epl | equivariant | dcam | samsdg) method="$1"; shift ;; esac
 data="" site="" steps="" out="" device=""
 while [ $# -gt 0 ]; do
   case "$1 $method" in
     --data\ *) data="$2"; shift 2 ;;
-    "--source desam" | "--target epl") site="$2"; shift 2 ;;
+    "--source desam" | "--source samsdg" | "--target epl") site="$2"; shift 2 ;;
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,18p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,20p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -52,6 +54,9 @@ case "$method" in
     out="${out:-demo_output_dcam}" trainer=DCAMTrainer id=520
     dataset=Dataset520_LUADHistoSeg_4classes_to-BCSS_tags
     phantom=nnunet_dgplugins.histology_phantom converter=luad-histoseg protocol=(--protocol dcam) ;;
+  samsdg)
+    out="${out:-demo_output_samsdg}" site="${site:-RUNMC}" trainer=SAMSDGTrainer id=522
+    dataset="Dataset522_ProstateSAML_$site" convert=(--source "$site") ;;
 esac
 
 . scripts/install.sh
@@ -105,7 +110,9 @@ settings() { # settings TEXT: how the made images are trained on, unless the use
     echo "$1" > "$DGPLUGINS_SETTINGS"
   fi
 }
-minutes_of() { python scripts/demo_table.py minutes "$nnUNet_results/$dataset/$1__nnUNetPlans__2d/fold_0"; }
+minutes_of() { # minutes_of TRAINER...: how long their trainings took together
+  python scripts/demo_table.py minutes "${@/#/$nnUNet_results/$dataset/}"
+}
 
 second="$id" # dataset of the stock trainer
 if [ "$method" = desam ]; then
@@ -120,6 +127,14 @@ elif [ "$method" = epl ]; then
   # (an epoch has 25 steps here); as in studies/epl.yaml
   settings "EPLTrainer: {unlabelled_batch_size: 4, initial_lr: 0.001, schedule: poly, cps_start_epoch: 2}"
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
+elif [ "$method" = samsdg ]; then
+  # the planned network on small images, without ImageNet weights, instead of DeepLabV3 on 512 pixels; eight groupings of
+  # slices whose embeddings are kept
+  settings "{SAMSDGCoarseTrainer: {network: planned, image_size: 128, epochs: 20, field_of_view: source},
+             SAMSDGTrainer: {groupings: 8, epochs: 40, initial_lr: 0.001, box_threshold: 0.5, field_of_view: source}}"
+  step train_coarse nnUNetv2_train 522 2d 0 -tr SAMSDGCoarseTrainer -device "$device"
+  step train_samsdg nnUNetv2_train 522 2d 0 -tr SAMSDGTrainer -device "$device"
+  equal=(--minutes "$(minutes_of SAMSDGCoarseTrainer SAMSDGTrainer)")
 elif [ "$method" = dcam ]; then
   # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights
   settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 40}, DCAMTrainer: {network: planned, epochs: 5}}"
@@ -142,13 +157,20 @@ step train_stock python -m nnunet_dgplugins.budget "$second" 2d 0 -tr nnUNetTrai
 # without mirroring, for both: a quarter of the time
 trainers=("$trainer" nnUNetTrainer)
 [ "$method" != dcam ] || trainers=(DCAMClassifierTrainer "${trainers[@]}")
+[ "$method" != samsdg ] || trainers=(SAMSDGCoarseTrainer "${trainers[@]}")
 for name in "${trainers[@]}"; do
   [ "$name" = nnUNetTrainer ] && of="$second" || of="$id"
   step "predict_$name" nnUNetv2_predict -d "$of" -i "$images" -o "$out/predictions/$name" -c 2d -f 0 \
     -tr "$name" -device "$device" -npp 0 -nps 0 --disable_tta
   step "evaluate_$name" dgplugins evaluate "$id" "$out/predictions/$name" --csv "$out/$name.csv" ${protocol[@]+"${protocol[@]}"}
 done
-if [ "$method" = dcam ]; then
+if [ "$method" = samsdg ]; then # four neighbouring slices on a canvas, as in the paper; stock prediction shows one
+  step predict_four dgplugins predict -d "$id" -i "$images" -o "$out/predictions/four_slices" -c 2d -f 0 -tr "$trainer" \
+    -device "$device"
+  step evaluate_four dgplugins evaluate "$id" "$out/predictions/four_slices" --csv "$out/four_slices.csv"
+  python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}" \
+    --more "four_slices=SAM-SDG, four slices per canvas" --more "SAMSDGCoarseTrainer=its coarse network alone"
+elif [ "$method" = dcam ]; then
   python scripts/demo_table.py patches "$id" "$out" "${equal[@]}"
 elif [ "$second" = "$id" ]; then
   python scripts/demo_table.py table "$id" "$out" -tr "$trainer" "${equal[@]}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 _PATCHES = 6  # on the page
+_MODEL = "__nnUNetPlans__2d"  # behind a trainer's name
 
 
 @click.group()
@@ -23,10 +24,10 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("fold", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def minutes(fold: Path) -> None:
-    """Print how long the epochs of FOLD took, in minutes."""
-    click.echo(f"{training_minutes(fold):.3f}")
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+def minutes(models: tuple[Path, ...]) -> None:
+    """Print how long the epochs of fold 0 of MODELS (folders of results, without plans) took together, in minutes."""
+    click.echo(f"{sum(training_minutes(Path(f'{model}{_MODEL}') / 'fold_0') for model in models):.3f}")
 
 
 @cli.command()
@@ -45,7 +46,10 @@ def constant(dataset: str, out: Path) -> None:
 @click.option("-tr", "trainer", required=True, help="The trainer beside stock nnU-Net.")
 @click.option("--minutes", type=float, help="Training time of each trainer.")
 @click.option("--iterations", type=int, help="Training steps of each trainer.")
-def table(dataset: str, out: Path, trainer: str, minutes: float | None, iterations: int | None) -> None:
+@click.option("--more", multiple=True, help="FOLDER=LABEL of further predictions, each a row.")
+def table(
+    dataset: str, out: Path, trainer: str, minutes: float | None, iterations: int | None, more: tuple[str, ...]
+) -> None:
     """Print one table of Dice per unseen site and write one overlay per site."""
     from nnunet_dgplugins.evaluation.baselines import constant_mask
     from nnunet_dgplugins.files import RESULTS, nnunet_folder, read_json
@@ -55,16 +59,17 @@ def table(dataset: str, out: Path, trainer: str, minutes: float | None, iteratio
     constant = out / "predictions" / "constant mask"
     constant_mask(dataset, constant)
     models = nnunet_folder(RESULTS) / data.name
-    block = read_json(models / f"{trainer}__nnUNetPlans__2d" / "plans.json")["configurations"]["2d"]["dgplugins"]
+    block = read_json(models / f"{trainer}{_MODEL}" / "plans.json")["configurations"]["2d"]["dgplugins"]
     chosen, method = block[trainer], TRAINERS[trainer].method
     rows = []
     for label, name in (
         (f"{method} ({chosen['sam']})" if "sam" in chosen else method, trainer),
+        *((label, name) for name, _, label in (item.partition("=") for item in more)),
         ("stock nnU-Net", "nnUNetTrainer"),
         ("constant mask", "constant mask"),
     ):
         result = evaluate(data, out / "predictions" / name)
-        fold = models / f"{name}__nnUNetPlans__2d" / "fold_0" / "validation"
+        fold = models / f"{name}{_MODEL}" / "fold_0" / "validation"
         source = None
         if fold.is_dir():
             source = mean_dice(evaluate(data, fold, data.folder / "labelsTr", partial_folder=True).table)

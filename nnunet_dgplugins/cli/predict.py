@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from nnunet_dgplugins.cli.options import configuration_option, known_trainer, plans_option
-
-_ALONE = "SAMSDGTrainer"  # whose network can be shown several slices together
+from nnunet_dgplugins.registry import GROUPS_SLICES
 
 
 @click.command("predict")
@@ -20,12 +19,19 @@ _ALONE = "SAMSDGTrainer"  # whose network can be shown several slices together
 @click.option("-o", "output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Output folder.")
 @configuration_option
 @plans_option
-@click.option("-tr", "trainer", default=_ALONE, show_default=True, callback=known_trainer, help="Trainer of the model.")
+@click.option(
+    "-tr", "trainer", default=GROUPS_SLICES, show_default=True, callback=known_trainer, help="Trainer of the model."
+)
 @click.option(
     "-f", "folds", multiple=True, default=("0",), show_default=True, help="Fold, or all; repeat to average several."
 )
 @click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of each fold.")
 @click.option("--continue", "again", is_flag=True, help="Leave out cases that are in the output folder already.")
+@click.option(
+    "--masks", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None,
+    help="Folder of the cases' true masks: their boxes prompt SAM in place of the coarse network's. The upper bound "
+    "of a study; of no use for cases without masks.",
+)  # fmt: skip
 @click.option("-device", "device", default=None, help="cuda, cpu or mps. Default: cuda if there is one.")
 def command(
     dataset: str,
@@ -37,6 +43,7 @@ def command(
     folds: tuple[str, ...],
     checkpoint: str,
     again: bool,
+    masks: Path | None,
     device: str | None,
 ) -> None:
     """Segment images with four neighbouring slices on each of SAM's canvases, as the SAM-SDG paper does.
@@ -47,7 +54,7 @@ def command(
     from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.files import RESULTS, dataset_name, nnunet_folder
 
-    if trainer != _ALONE:
+    if trainer != GROUPS_SLICES:
         raise UserError(
             f"{trainer} shows its network one slice or patch at a time, which nnUNetv2_predict does: use that."
         )
@@ -60,4 +67,4 @@ def command(
     from nnunet_dgplugins.trainers.grouped_prediction import predict_folder
 
     chosen = [int(fold) if fold.isdigit() else fold for fold in folds]
-    predict_folder(model, images, output, chosen, checkpoint, device, not again, click.echo)
+    predict_folder(model, images, output, chosen, checkpoint, device, not again, click.echo, masks)

@@ -110,9 +110,10 @@ class SAMSDGSettings(_SAMSDGShared):
     boxes: str = setting(
         "refined",
         "Prompts. refined: box of the coarse mask's largest component. unfiltered: of the whole coarse mask. tile: the "
-        "whole tile (the last two are the paper's ablation).",
+        "whole tile. masks: of the true masks, an upper bound; nnUNetv2_predict has none and takes refined boxes, "
+        "dgplugins predict --masks is given them (the last three are the paper's ablation).",
         "section 3.3",
-        choices=("refined", "unfiltered", "tile"),
+        choices=("refined", "unfiltered", "tile", "masks"),
     )
     box_threshold: float = setting(
         0.75, "A pixel of the coarse mask counts when its probability is above (theta 1).", "section 4.1",

@@ -77,6 +77,9 @@ class Method:
         plans: a key of :data:`PLANNERS`.
         settings: of a trainer of this package, as for ``dgplugins configure --set``.
         earlier_settings: likewise, of the trainer of the stage before.
+        earlier_share: share of the budget that the stage before gets, the rest being this stage's; 0: each stage gets
+            the whole budget.
+        four_slices: predict by ``dgplugins predict``, without mirroring: four neighbouring slices on each canvas.
         batch_size: instead of the planned one, for trainers that use it; ResEnc presets plan for a GPU's memory.
         patch_size: instead of the planned one, likewise.
         width_divisor: channels of the planned network over this, likewise.
@@ -90,6 +93,8 @@ class Method:
     plans: str = "nnUNetPlans"
     settings: Mapping[str, Any] = field(default_factory=dict)
     earlier_settings: Mapping[str, Any] = field(default_factory=dict)
+    earlier_share: float = 0.0
+    four_slices: bool = False
     batch_size: int | None = None
     patch_size: tuple[int, ...] = ()
     width_divisor: int = 1
@@ -101,6 +106,12 @@ class Method:
     def earlier(self) -> str:
         """The trainer of the stage before; "" where there is none."""
         return TRAINERS[self.trainer].after if self.trainer in TRAINERS else ""
+
+    def budget(self, whole: Budget, trainer: str) -> Budget:
+        """Return what one of its stages gets of the study's budget."""
+        if not self.earlier_share:
+            return whole
+        return whole.part(1 - self.earlier_share if trainer == self.trainer else self.earlier_share)
 
     @property
     def smaller(self) -> tuple[str, ...]:

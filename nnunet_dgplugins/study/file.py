@@ -15,7 +15,7 @@ from dataset_conversion._registry import CONVERTERS, load_converter
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
-from nnunet_dgplugins.registry import TRAINERS
+from nnunet_dgplugins.registry import GROUPS_SLICES, TRAINERS
 from nnunet_dgplugins.study.definition import PLANNERS, PROTOCOLS, Data, Method, Study
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
@@ -147,12 +147,23 @@ class _Reader:
                 self.note(f"{where}, {kind}", lack, f"no {kind}")
             elif values[kind]:
                 self._settings(f"{where}, {kind}", owner, values[kind])
+        self._stages(where, method)
         sizes = (method.batch_size if method.batch_size is not None else 1, *method.patch_size, method.width_divisor)
         if min(sizes) < 1:
             self.note(f"{where}, batch_size, patch_size, width_divisor", str(min(sizes)), "1 or more")
         if method.smaller and not method.planned:
             self.note(where, " ".join(method.smaller), f"settings of {trainer}, which builds a network of its own")
         return method
+
+    def _stages(self, where: str, method: Method) -> None:
+        if method.earlier_share and not method.earlier:
+            self.note(f"{where}, earlier_share", f"{method.trainer} has no stage before", "no earlier_share")
+        if not 0 <= method.earlier_share < 1:
+            self.note(f"{where}, earlier_share", repr(method.earlier_share), "a share from 0, below 1")
+        if method.four_slices and method.trainer != GROUPS_SLICES:
+            self.note(f"{where}, four_slices", f"{method.trainer} sees one slice at a time", "no four_slices")
+        if method.settings.get("boxes") == "masks" and not method.four_slices:
+            self.note(f"{where}, boxes", "masks, and nnUNetv2_predict takes none", "four_slices: true")
 
     def _settings(self, where: str, trainer: str, chosen: Mapping[str, Any]) -> None:
         for key in ("seed", "epochs"):

@@ -239,7 +239,7 @@ class _Variant:
             title = "configure stage before" if trainer != method.trainer else "configure"
             ready = self.all.add(f"{title} {name}", "configure", words, (ready,))
             source = plans
-        if own and "sam" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
+        if own and "store" in settings.settings_class(TRAINERS[method.trainer].settings).__dataclass_fields__:
             words = ["dgplugins", "embed", self.id, "-tr", method.trainer, "-p", plans, "--device", self.all.device]
             ready = self.all.add(
                 f"embed {name}", f"embed {method.name}", [*words, "-c", self.study.configuration], (ready,),
@@ -253,11 +253,12 @@ class _Variant:
         number, dataset = self.id, self.dataset
         if method.pseudo_labels:
             number, dataset, plans, ready = self._pseudo_labels(method, plans, seed, name)
-        mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration])[:8]
+        share = [method.earlier_share] if method.earlier_share else []
+        mark = content_hash([ready, plans, method.trainer, study.budget.words(), device, configuration, *share])[:8]
         parts = (f"{slug(self.all.data.name)}_{slug(self.title)}", slug(method.name), f"seed{seed}-{mark}")
         folder = self.all.out.joinpath("runs", *parts)
         # what a training is tested with has a place of its own: going back to another way finds its results again
-        way = "_mirrored" if study.mirroring else ""
+        way = "_four" if method.four_slices else "_mirrored" if study.mirroring else ""
         values = folder / f"{study.protocol}{way}"
         raw = self.all.folder / RAW / dataset
         run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS)
@@ -266,7 +267,7 @@ class _Variant:
         trained = ready
         for stage, trainer in enumerate(_stages(method.trainer), 1):
             train = ["python", "-m", "nnunet_dgplugins.budget", number, configuration, "0", "-tr", trainer, *where[2:]]
-            train += [*study.budget.words(), "--seed", str(seed)]
+            train += [*method.budget(study.budget, trainer).words(), "--seed", str(seed)]
             title = "train" if trainer == method.trainer else f"train stage {stage}"
             trained = self.all.add(f"{title} {name}", f"{title} {method.name}", train, (trained,), own, run)
         model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
@@ -279,9 +280,13 @@ class _Variant:
         source += ["--partial", "--csv", str(values / "source.csv"), *protocol]
         self.all.add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
         predictions = str(folder / f"predictions{way}")
-        predict = ["nnUNetv2_predict", "-d", number, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0"]
-        predict += ["-c", configuration, *where, "-npp", "0", "-nps", "0"]
-        predict += [] if study.mirroring else ["--disable_tta"]
+        words = ["-d", number, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0", "-c", configuration, *where]
+        if method.four_slices:
+            predict = ["dgplugins", "predict", *words]
+            predict += ["--masks", str(raw / "labelsTs")] if method.settings.get("boxes") == "masks" else []
+        else:
+            predict = ["nnUNetv2_predict", *words, "-npp", "0", "-nps", "0"]
+            predict += [] if study.mirroring else ["--disable_tta"]
         predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
         unseen = ["dgplugins", "evaluate", number, predictions, "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)

@@ -12,24 +12,44 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_dgplugins.content import content_box
 from nnunet_dgplugins.errors import BadInput, Problem, UserError
 from nnunet_dgplugins.files import read_json, replacing, write_json
 from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
+from nnunet_dgplugins.sam.preprocess import resize_target
+from nnunet_dgplugins.trainers.samsdg_canvases import true_boxes
+from nnunet_dgplugins.trainers.whole_slices import mask_heads
 
 _PICTURES = "NaturalImage2DIO"  # nnU-Net's reader of colours in one file
 
 
 class FourSlices(nnUNetPredictor):
-    """nnU-Net's predictor, but a case's slices are shown together, four on a canvas; folds are averaged as usual."""
+    """nnU-Net's predictor, but a case's slices are shown together, four on a canvas; folds are averaged as usual.
+
+    ``label_map`` (Z, Y, X) of the case that comes next, preprocessed as the case is, gives the boxes where it is set.
+    """
+
+    label_map: torch.Tensor | None = None
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """Return logits (heads, Z, Y, X) of a preprocessed case (C, Z, Y, X); no slice is cut into tiles."""
         network: SAMSDGSegmenter = getattr(self.network, "_orig_mod", self.network)  # type: ignore[assignment]
         network.to(self.device).eval()
+        slices = input_image.transpose(0, 1).float()
+        boxes = None if self.label_map is None else self._true_boxes(network, slices, self.label_map).to(self.device)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-            logits = network.segment_four(input_image.transpose(0, 1).float().to(self.device))[0]
+            logits = network.segment_four(slices.to(self.device), boxes)[0]
         return logits.transpose(0, 1)
+
+    def _true_boxes(self, network: SAMSDGSegmenter, slices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return boxes (Z, K, 4) around the true masks of slices (Z, C, Y, X), in pixels of SAM's tile."""
+        tile = network.decoder.tile
+        on_tile = labels.new_full((len(labels), tile, tile), -1)
+        for z, image in enumerate(slices):
+            if (box := content_box(image)) is not None:
+                on_tile[z] = resize_target(labels[z][None], box, tile, network.field)[0]
+        return true_boxes(on_tile, mask_heads(self.label_manager))
 
 
 def predict_folder(
@@ -41,6 +61,7 @@ def predict_folder(
     device: torch.device | str | None = None,
     overwrite: bool = True,
     say: Callable[[str], None] = print,
+    masks: Path | None = None,
 ) -> list[Path]:
     """Predict all cases of a folder of nnU-Net's layout; each file is whole or not there.
 
@@ -53,6 +74,7 @@ def predict_folder(
         device: where the networks run; None: CUDA if there is one.
         overwrite: False leaves out cases that are in ``output`` already, to go on after an interruption.
         say: receives a line per case.
+        masks: folder of the cases' true masks, whose boxes prompt SAM in place of the coarse network's: an upper bound.
 
     Returns:
         The written files.
@@ -68,6 +90,11 @@ def predict_folder(
     ending = description["file_ending"]
     pictures = read_json(model_folder / "plans.json")["image_reader_writer"] == _PICTURES
     cases = find_cases(images, ending, 1 if pictures else len(description["channel_names"]))
+    lacking = [masks / f"{case}{ending}" for case in cases if masks and not (masks / f"{case}{ending}").is_file()]
+    if lacking:
+        raise BadInput(
+            "Masks are missing", [Problem(str(path), "no such file", "the case's true mask") for path in lacking]
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     predictor = FourSlices(device=device, perform_everything_on_device=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(os.fspath(model_folder), tuple(folds), checkpoint)
@@ -82,9 +109,11 @@ def predict_folder(
         if target.is_file() and not overwrite:
             say(f"{case}: is there already ({number} of {len(cases)})")
             continue
-        data, _, properties = configuration.preprocessor_class(verbose=False).run_case(
-            [os.fspath(file) for file in files], None, plans, configuration, predictor.dataset_json
+        truth = os.fspath(masks / target.name) if masks else None
+        data, seg, properties = configuration.preprocessor_class(verbose=False).run_case(
+            [os.fspath(file) for file in files], truth, plans, configuration, predictor.dataset_json
         )
+        predictor.label_map = torch.from_numpy(np.asarray(seg[0], np.int16)) if masks else None
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
         with replacing(target) as temporary:
             truncated = os.fspath(temporary)[: -len(ending)]

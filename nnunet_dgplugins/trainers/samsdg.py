@@ -33,11 +33,18 @@ from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
 from nnunet_dgplugins.sam.models import get_model
 from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD
-from nnunet_dgplugins.sam.slices import masks
+from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings, SAMSDGSettings
 from nnunet_dgplugins.trainers.earlier_stage import Finished
-from nnunet_dgplugins.trainers.samsdg_canvases import CanvasBatches, Canvases, CaseBatches, PromptedSlices, prompt
+from nnunet_dgplugins.trainers.samsdg_canvases import (
+    CanvasBatches,
+    Canvases,
+    CaseBatches,
+    PromptedSlices,
+    prompt,
+    true_boxes,
+)
 from nnunet_dgplugins.trainers.samsdg_coarse import SAMSDGCoarseTrainer, SliceMaskTrainer, build_coarse
 from nnunet_dgplugins.trainers.samsdg_step_one import check_same_data, find_step_one
 
@@ -120,7 +127,8 @@ class SAMSDGTrainer(SliceMaskTrainer):
             BoxDecoder(build_prompt_encoder(model.prompt_dim, model.grid, model.image_size), mask_decoder, classes),
             build_coarse(first, plans_manager, configuration_manager, classes),
             first.image_size,
-            rule=BoxRule(chosen.boxes, chosen.box_threshold),
+            # true masks are for whoever has them; the network by itself deploys the refined boxes
+            rule=BoxRule("refined" if chosen.boxes == "masks" else chosen.boxes, chosen.box_threshold),
             empty=chosen.empty,
             pixels=(PIXEL_MEAN, PIXEL_STD) if chosen.sam_pixel_norm else None,
             **cls.shared_options(chosen, block),
@@ -169,7 +177,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         dataset, train, val = self.read_fold(network.decoder.tile)
         check_same_data(self.step_one, self.stamp, type(self).__name__)
         network.eval()
-        asked = prompt(network, dataset, train, self.device)
+        asked = self._prompted(dataset, train)
         part = asked.only(asked.shown)
         self.print_to_log_file(self._said(asked, part))
         if not len(part.slices):
@@ -181,7 +189,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
             Path(self.preprocessed_dataset_folder), network, dataset, self.device, self.print_to_log_file
         )
         load_train = CanvasBatches(part, canvases, chosen.seed, chosen.groupings)
-        load_val = CaseBatches(prompt(network, dataset, val, self.device), canvases)
+        load_val = CaseBatches(self._prompted(dataset, val), canvases)
         if chosen.groupings:
             self.encoder.release()
         batch = max(1, (chosen.batch_size or self.configuration_manager.batch_size) // TILES)
@@ -189,6 +197,10 @@ class SAMSDGTrainer(SliceMaskTrainer):
             SliceLoader(len(load_train), load_train, batch, seed=chosen.seed, steps=chosen.iterations_per_epoch),
             SliceLoader(len(load_val), load_val, 1),
         )
+
+    def _prompted(self, dataset: Any, slices: SliceSet) -> PromptedSlices:
+        given = true_boxes(slices.labels, self.heads) if self.settings.boxes == "masks" else None
+        return prompt(self.network, dataset, slices, self.device, given)
 
     def _said(self, asked: PromptedSlices, part: PromptedSlices) -> str:
         """Say how many training slices there are, and on how many the coarse network finds nothing."""
@@ -211,7 +223,8 @@ class SAMSDGTrainer(SliceMaskTrainer):
         else:
             tiles = batch["tiles"].to(self.device)
             if self.settings.augmentation == "location_scale":
-                tiles, boxes, asked = self._augmented(tiles, batch["images"].to(self.device), target)
+                images = batch["images"].to(self.device)
+                tiles, boxes, asked = self._augmented(tiles, images, target, boxes, asked)
             embeddings = self.network.embed(tiles)
         draw = draw_jitter(tuple(boxes.shape[:-1]), self.jitter, self.settings.jitter)
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,9 +235,17 @@ class SAMSDGTrainer(SliceMaskTrainer):
         return {"loss": loss.cpu().numpy()}
 
     def _augmented(
-        self, tiles: torch.Tensor, images: torch.Tensor, target: torch.Tensor
+        self,
+        tiles: torch.Tensor,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        boxes: torch.Tensor,
+        asked: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give slices other intensities, the same to both networks; returns tiles, boxes, and what SAM is asked for."""
+        """Give slices other intensities, the same to both networks; returns tiles, boxes, and what SAM is asked for.
+
+        The last two are the coarse network's answer to the new slices, except where true boxes are prompts.
+        """
         draws = draw_curves(len(tiles), target.shape[1], self.augmentation)
         local = self.augmentation.random(len(tiles)) < 0.5
         moved = either_version(tiles, target, draws, local)
@@ -233,6 +254,8 @@ class SAMSDGTrainer(SliceMaskTrainer):
         else:
             smaller = nn.functional.interpolate(target, size=images.shape[-2:], mode="nearest")
             seen = either_version(images, smaller, draws, local)
+        if self.settings.boxes == "masks":
+            return moved, boxes, asked
         found = self.network.prompts(seen)
         asked = found.found if self.network.empty == "background" else torch.ones_like(found.found)
         return moved, found.boxes, asked

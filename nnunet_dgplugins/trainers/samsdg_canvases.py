@@ -19,10 +19,11 @@ import torch
 
 from nnunet_dgplugins.data.loaders import read_slice
 from nnunet_dgplugins.files import human_bytes, require_disk
+from nnunet_dgplugins.methods.samsdg.boxes import mask_boxes
 from nnunet_dgplugins.methods.samsdg.canvas import TILES, draw_canvases
 from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
 from nnunet_dgplugins.sam.embed import SIZE_BOUND, remove_leftovers
-from nnunet_dgplugins.sam.slices import SliceSet
+from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.sam.store import FOLDER, EmbeddingStore, Key
 
 _MODE = "half"
@@ -63,15 +64,34 @@ class PromptedSlices:
         return [np.flatnonzero(cases == case) for case in dict.fromkeys(cases.tolist())]
 
 
-def prompt(network: SAMSDGSegmenter, dataset: Any, slices: SliceSet, device: torch.device) -> PromptedSlices:
-    """Ask the coarse network once for every slice; it is frozen, so its boxes stay what they are."""
+def true_boxes(labels: torch.Tensor, heads: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return boxes (N, K, 4) around the true masks on the tile (N, s, s); all 0 where there is none."""
+    found, _ = masks(labels, heads, None)
+    return torch.from_numpy(mask_boxes(found.flatten(0, 1).numpy())[0]).unflatten(0, found.shape[:2])
+
+
+def prompt(
+    network: SAMSDGSegmenter, dataset: Any, slices: SliceSet, device: torch.device, given: torch.Tensor | None = None
+) -> PromptedSlices:
+    """Ask the coarse network once for every slice; it is frozen, so its boxes stay what they are.
+
+    Args:
+        network: whose coarse network is asked.
+        dataset: reads slices.
+        slices: N of them.
+        device: of the network.
+        given: (N, K, 4) boxes to be taken instead, in pixels of the tile, all 0 where a class is absent.
+    """
     boxes, asked, digests = [], [], []
     for start in range(0, len(slices), _SLICES_AT_A_TIME):
         tiles, images = read_tiles(network, dataset, slices.keys[start : start + _SLICES_AT_A_TIME])
-        found = network.prompts(images.to(device))
-        boxes.append(found.boxes.cpu())
-        asked.append((found.found if network.empty == "background" else torch.ones_like(found.found)).cpu())
         digests += [hashlib.sha256(tile.numpy().tobytes()).hexdigest() for tile in tiles]
+        if given is None:
+            found = network.prompts(images.to(device))
+            boxes.append(found.boxes.cpu())
+            asked.append((found.found if network.empty == "background" else torch.ones_like(found.found)).cpu())
+    if given is not None:
+        return PromptedSlices(slices, given, given.any(-1), digests)
     return PromptedSlices(slices, torch.cat(boxes), torch.cat(asked), digests)
 
 

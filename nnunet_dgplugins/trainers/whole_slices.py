@@ -46,6 +46,12 @@ def largest_slice(folder: Path) -> tuple[int, int]:
     return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
+def mask_heads(manager: Any) -> list[tuple[int, ...]]:
+    """Return the label values of each mask channel of a label manager: one for a class, several for a region."""
+    regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
+
+
 def are_colours(dataset_json: Mapping[str, Any]) -> bool:
     """Return whether the first three channels are red, green and blue by name."""
     names = [str(name).lower() for name in dataset_json["channel_names"].values()]
@@ -100,9 +106,7 @@ class WholeSliceTrainer(DGTrainer):
     @property
     def heads(self) -> list[tuple[int, ...]]:
         """Label values of each mask channel: one for a class, several for a region."""
-        manager = self.label_manager
-        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        return [tuple(int(value) for value in np.atleast_1d(region)) for region in regions]
+        return mask_heads(self.label_manager)
 
     def read_slices(self, dataset: Any, cases: Sequence[str], size: int, **options: Any) -> SliceSet:
         """Read slices with labels on a grid of ``size``; options of :func:`nnunet_dgplugins.sam.slices.read_slices`.

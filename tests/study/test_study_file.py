@@ -231,6 +231,48 @@ def test_an_earlier_stage_is_trained_first_in_the_same_results(tmp_path: Path, m
     assert not any(task.kind == "predict DeSAM box" and first.key in task.needs for task in tasks)
 
 
+SAMSDG = {
+    "stock": {"trainer": "nnUNetTrainer"},
+    "SAM-SDG": {"trainer": "SAMSDGTrainer", "earlier_share": 0.25, "four_slices": True},
+    "true boxes": {"trainer": "SAMSDGTrainer", "settings": {"boxes": "masks"}, "four_slices": True},
+}
+
+
+def test_two_stages_may_share_the_budget_and_slices_a_canvas(tmp_path: Path):
+    tasks = {task.name.removeprefix("phantom: "): task for task in tasks_of(tmp_path, methods=SAMSDG)}
+    minutes = {
+        name: task.command[task.command.index("--minutes") + 1]
+        for name, task in tasks.items()
+        if name.startswith("train") and name.endswith("RUNMC SAM-SDG seed 0")
+    }
+    assert minutes == {"train stage 1 RUNMC SAM-SDG seed 0": "0.375", "train RUNMC SAM-SDG seed 0": "1.125"}
+    plain, bound = (tasks[f"predict RUNMC {name} seed 1"].command for name in ("SAM-SDG", "true boxes"))
+    assert plain[:2] == bound[:2] == ("dgplugins", "predict")
+    assert "--masks" not in plain
+    assert bound[bound.index("--masks") + 1].endswith("labelsTs")
+    assert tasks["predict RUNMC stock seed 1"].command[0] == "nnUNetv2_predict"
+    assert not any(name.startswith("embed") for name in tasks)  # its trainer puts canvases together itself
+    both = [tasks_of(tmp_path, methods={**SAMSDG, "SAM-SDG": {**SAMSDG["SAM-SDG"], "earlier_share": share}})
+            for share in (0.25, 0.5)]  # fmt: skip
+    first, other = ({task.key for task in tasks if "train RUNMC SAM-SDG seed 0" in task.name} for tasks in both)
+    assert not first & other
+
+
+def test_shares_and_canvases_belong_to_trainers_that_have_them(tmp_path: Path):
+    methods = {
+        "stock": {"trainer": "nnUNetTrainer", "earlier_share": 0.5, "four_slices": True},
+        "all of it": {"trainer": "SAMSDGTrainer", "earlier_share": 1.0},
+        "true boxes": {"trainer": "SAMSDGTrainer", "settings": {"boxes": "masks"}},
+    }
+    with pytest.raises(BadInput) as error:
+        read_study(written(tmp_path, methods=methods))
+    text = str(error.value)
+    assert "method stock, earlier_share: nnUNetTrainer has no stage before" in text
+    assert "method stock, four_slices: nnUNetTrainer sees one slice at a time" in text
+    assert "method all of it, earlier_share: 1.0" in text
+    assert "method true boxes, boxes: masks, and nnUNetv2_predict takes none" in text
+
+
 def test_predictions_with_and_without_mirroring_do_not_meet(tmp_path: Path):
     outs = [
         {task.command[task.command.index("-o") + 1] for task in tasks_of(tmp_path, mirroring=mirroring)

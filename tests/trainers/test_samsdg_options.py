@@ -119,16 +119,23 @@ def test_where_nothing_is_found_the_result_is_background_or_as_published_what_sa
 def test_the_papers_other_boxes_can_be_asked_for(world: World):
     step_one(world)
     boxes = {}
-    for kind in ("refined", "unfiltered", "tile"):
+    for kind in ("refined", "unfiltered", "tile", "masks"):
         world.settings(boxes=kind)
         built = world.construct(SAM)
         built.initialize()
         batch = next(built.get_dataloaders()[0])
         boxes[kind] = batch["boxes"]
+        assert built.network.rule.kind == ("refined" if kind == "masks" else kind)  # nobody has masks of new cases
     tile = built.network.decoder.tile
     assert (boxes["tile"] == torch.tensor([0.0, 0, tile, tile])).all()
     assert not torch.equal(boxes["refined"], boxes["tile"])
     assert (boxes["unfiltered"][..., :2] <= boxes["refined"][..., :2]).all()
+    target, _ = built.target_of(batch["labels"])
+    for own, asked, mask in zip(boxes["masks"][:, 0], batch["asked"][:, 0], target[:, 0], strict=True):
+        rows, columns = torch.nonzero(mask, as_tuple=True)
+        assert asked == (len(rows) > 0)
+        if asked:
+            assert own.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
 
 
 def test_the_coarse_network_is_asked_with_its_own_threshold(world: World):

@@ -115,6 +115,32 @@ def test_folds_are_averaged(trained: World):
         assert np.mean(array(image)[agreed] == array(one[name])[agreed]) > 0.99
 
 
+def test_true_boxes_can_prompt_for_an_upper_bound_and_close_what_has_none(trained: World):
+    masks, empty = trained.root / "masks", trained.root / "empty"
+    for folder in (masks, empty):
+        folder.mkdir()
+    for path in trained.images():
+        name = Path(path[0]).name.replace("_0000", "")
+        image = sitk.ReadImage(path[0])
+        truth = np.zeros(image.GetSize()[::-1], np.uint8)
+        for folder, fill in ((empty, 0), (masks, 1)):
+            truth[1, 5:15, 8:20] = fill
+            mask = sitk.GetImageFromArray(truth)
+            mask.CopyInformation(image)
+            sitk.WriteImage(mask, str(folder / name))
+    plain = predicted(trained, "plain")
+    bound = predicted(trained, "bound", None, "--masks", str(masks))
+    nothing = predicted(trained, "nothing", None, "--masks", str(empty))
+    assert not any(array(image).any() for image in nothing.values())
+    for name, image in bound.items():
+        others = np.delete(array(image), 1, axis=0)
+        assert not others.any()  # the truth shows something on one slice only
+        assert not np.array_equal(array(image)[1], array(plain[name])[1])
+    (masks / "case_6.nii.gz").unlink()
+    with pytest.raises(BadInput, match=r"case_6\.nii\.gz"):
+        predict_folder(trained.model(SAM), trained.raw / "imagesTs", trained.root / "x", device="cpu", masks=masks)
+
+
 def test_other_trainers_are_refused_in_one_sentence(world: World):
     done = CliRunner().invoke(cli, ["predict", "-d", "1", "-i", str(world.root), "-o", "x", "-tr", COARSE])
     assert isinstance(done.exception, UserError)

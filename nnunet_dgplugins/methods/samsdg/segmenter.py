@@ -285,7 +285,7 @@ class SAMSDGSegmenter(SliceNetwork):
         Args:
             x: (B, C, H, W), slices of one volume.
             boxes: (B, K, 4) in pixels of SAM's tiles, to be taken instead of the coarse network's; a class whose box
-                is all 0 counts as not found. For upper bounds with true boxes.
+                is all 0 is not there, whatever ``empty`` says. For upper bounds with true boxes.
 
         Returns:
             As :meth:`segment`.
@@ -301,7 +301,8 @@ class SAMSDGSegmenter(SliceNetwork):
         if shown:
             images = [image for image in map(self.seen, x) if image is not None]
             prompts = self._prompts(images) if boxes is None else _given(boxes[shown])
-            present = prompts.found if self.empty == "background" else torch.ones_like(prompts.found)
+            closed = self.empty == "background" or boxes is not None
+            present = prompts.found if closed else torch.ones_like(prompts.found)
             confidence[shown] = 1 - prompts.peak
             wanted = present.any(1).nonzero()[:, 0].tolist()
             for place, logits in self._asked(images, prompts.boxes, wanted, alone):
