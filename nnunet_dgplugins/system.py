@@ -1,4 +1,4 @@
-"""What the operating system's memory allocator does to CPU speed."""
+"""What the operating system's memory allocator does to CPU speed, and how much memory a process has taken."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def keep_freed_memory(on: bool = True) -> str:
     if not all(accepted):
         return "allocator: glibc refused the setting, left as it is"
     return "allocator: glibc, freed memory kept" if on else "allocator: glibc, defaults"
+
+
+def peak_memory() -> int | None:
+    """Return the most memory this process has held at a time, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -108,3 +108,18 @@ def test_the_demo_refuses_options_of_the_other_method_before_it_installs_anythin
         assert done.returncode == 2
         assert words[-2] in done.stderr
         assert not done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_of_samsdg_trains_both_steps_and_predicts_in_both_ways(tmp_path: Path):
+    # after so few steps a coarse network is sure of nothing: every pixel counts for a box
+    small = (
+        "SAMSDGCoarseTrainer: {network: planned, image_size: 64, epochs: 2}\n"
+        "SAMSDGTrainer: {groupings: 1, epochs: 2, box_threshold: 0.0}\n"
+    )
+    first, _ = run(tmp_path, small, "samsdg", "--source", "HK")
+    for word in ("SAM-SDG (vit_tiny)", "four slices per canvas", "its coarse network alone", "stock nnU-Net", "RUNMC"):
+        assert word in first.stdout
+    pictures = {path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")}
+    assert pictures == {*UNSEEN, "RUNMC"} - {"HK"}

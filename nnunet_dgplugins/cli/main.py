@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "Segment with four slices per canvas, several times faster (SAM-SDG).",
     "evaluate": "Metrics per case, class and site.",
     "study": "Every method x source x target x seed from one file, resumable.",
+    "report": "One HTML page of a study or of any predictions, CSV and JSON beside it.",
     "bundle": "Put the frozen SAM weights into a trained model.",
     "second-fold": "Write network 2 of an EPL model as a fold, so that both are averaged.",
     "import-checkpoint": "Make a model folder from an official checkpoint of DeSAM or EPL.",

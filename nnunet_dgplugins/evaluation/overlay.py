@@ -31,6 +31,7 @@ def overlay_png(
     title: str = "",
     *,
     slice_by: Literal["reference", "disagreement"] = "reference",
+    dpi: int = _DPI,
 ) -> Path:
     """Draw one slice: the image in grey, the reference's contour in blue, the prediction's dashed in orange.
 
@@ -42,6 +43,7 @@ def overlay_png(
         title: shown above; the slice is added to it.
         slice_by: the slice with the largest ``reference`` area, or with the most voxels in ``disagreement``. An empty
             reference leaves the choice to the prediction, and two empty maps take the middle slice.
+        dpi: pixels per inch; the picture is 6 inches wide.
 
     Returns:
         ``out_png``.
@@ -62,7 +64,7 @@ def overlay_png(
     heading = ", ".join(part for part in (title, place) if part)
     shown = None if reference_path is None else truth[index]
     with replacing(out_png) as temporary:
-        _draw(grey[index], shown, guess[index], spacing[-2:], heading, temporary)
+        _draw(grey[index], shown, guess[index], spacing[-2:], heading, temporary, dpi)
     return out_png
 
 
@@ -133,6 +135,7 @@ def _draw(
     spacing: Sequence[float],
     title: str,
     path: Path,
+    dpi: int,
 ) -> None:
     # the object-oriented interface: no global state, no window system, whatever the user's backend is
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -141,7 +144,7 @@ def _draw(
     rows, columns = _window(guess if truth is None else (truth > 0) | (guess > 0), spacing)
     height = (rows.stop - rows.start) * spacing[0]
     width = (columns.stop - columns.start) * spacing[1]
-    figure = Figure(figsize=(_INCHES, _INCHES * height / width + 0.75), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(_INCHES, _INCHES * height / width + 0.75), dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.36 / figure.get_figheight(), 1.0, 1 - 0.75 / figure.get_figheight()))
     low, high = np.percentile(grey, (0.5, 99.5))

@@ -1,27 +1,32 @@
-"""From finished runs to one tidy table, the source x target matrix, and paired differences."""
+"""From finished runs to one tidy table, and the source x target matrix as text, CSV and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.data import splits
-from nnunet_dgplugins.evaluation import dcam_protocol
+from nnunet_dgplugins.evaluation.comparison import (
+    COLUMNS,
+    TRAINING,
+    UNSEEN,
+    UNSEEN_AVERAGES,
+    VALIDATION,
+    differences,
+    matrix,
+)
 from nnunet_dgplugins.files import read_json, write_bytes, write_json
 from nnunet_dgplugins.study.beside import AVERAGES, published_rows
 from nnunet_dgplugins.study.definition import Data, Study
+from nnunet_dgplugins.study.state import State
 from nnunet_dgplugins.study.tasks import Run, Task
 
 if TYPE_CHECKING:
     import pandas
-
-COLUMNS = ["method", "dataset", "source", "target", "ratio", "seed", "case", "patient", "class", "metric", "value"]
-UNSEEN, VALIDATION, TRAINING = "unseen", "validation", "training"
-_AVERAGES = ("mean unseen", "pooled unseen")
-_RESAMPLES = 2000
 
 
 def collect(tasks: Sequence[Task]) -> pandas.DataFrame:
@@ -58,131 +63,6 @@ def _own_split(run: Run) -> str:
     return TRAINING if folds and folds[0].get(splits.VALIDATES_ON) == splits.TRAINING else VALIDATION
 
 
-def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
-    """Return one number per method, source, target and seed: the mean over cases of the mean over classes.
-
-    The target ``mean unseen`` is the unweighted mean over the unseen sites, ``pooled unseen`` that over their cases.
-    Numbers of protocol ``dcam`` are those of all pixels of a site, or of all unseen sites, instead of means of cases.
-    """
-    import pandas
-
-    keys = ["dataset", "ratio", "source", "method", "seed", "split", "target"]
-    if metric in dcam_protocol.METRICS:
-        unseen = table[table["split"] == UNSEEN]
-        sites, pooled = _over_pixels(table, keys, metric), _over_pixels(unseen, keys[:-1], metric)
-        seen = sites[sites["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean()
-        named = [part.assign(target=name) for part, name in zip((seen.reset_index(), pooled), _AVERAGES, strict=True)]
-        return pandas.concat([sites, *named], ignore_index=True)
-    chosen = table[table["metric"] == metric]
-    cases = chosen.groupby([*keys, "case"], dropna=False, sort=False)["value"].mean().reset_index()
-    sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
-    averages = [
-        part[part["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
-        for part in (sites, cases)
-    ]
-    named = [part.assign(target=name) for part, name in zip(averages, _AVERAGES, strict=True)]
-    return pandas.concat([sites, *named], ignore_index=True)
-
-
-def _over_pixels(table: pandas.DataFrame, keys: list[str], metric: str) -> pandas.DataFrame:
-    """Return the number over all pixels of each group of cases."""
-    import pandas
-
-    counts = dcam_protocol.counts_of(table, [*keys, "class"])
-    rows = [
-        (*values, float(dcam_protocol.score(part.to_numpy(), metric)))
-        for values, part in counts.groupby(level=keys, dropna=False, sort=False)
-    ]
-    return pandas.DataFrame(rows, columns=[*keys, "value"])
-
-
-def matrix(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
-    """Return mean, standard deviation over seeds and their number for each method, source and target."""
-    keys = ["dataset", "ratio", "source", "method", "split", "target"]
-    grouped = by_seed(table, metric).groupby(keys, dropna=False, sort=False)["value"]
-    return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
-
-
-def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") -> pandas.DataFrame:
-    """Compare every method with the baseline on the same unseen cases.
-
-    A case's gain is its mean over classes and over the seeds that both methods have. Patients are drawn with
-    replacement within each site, 2000 times; the interval is the middle 95 % of the mean difference over sites.
-    Numbers of protocol ``dcam`` are taken over all pixels of the patients drawn, then over seeds and sites.
-
-    Returns:
-        Per dataset, ratio, source and method: ``difference``, ``low``, ``high``, ``cases``.
-    """
-    import pandas
-
-    keys = ["dataset", "ratio", "source"]
-    rows: list[dict[str, Any]] = []
-    chosen = table[table["split"] == UNSEEN]
-    gains = _pixel_gains if metric in dcam_protocol.METRICS else _case_gains
-    for values, part in chosen.groupby(keys, dropna=False, sort=False):
-        where = dict(zip(keys, values, strict=True))
-        for method in part["method"].unique():
-            if method != baseline and (found := gains(part, str(method), baseline, metric)):
-                rows.append({**where, "method": method, **found})
-    return pandas.DataFrame(rows, columns=[*keys, "method", "difference", "low", "high", "cases"])
-
-
-def _case_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
-    """Return a method's mean gain on the cases that both have, its interval, and their number; nothing without any."""
-    one = ["target", "patient", "case"]
-    both = table[(table["metric"] == metric) & table["method"].isin([method, baseline])]
-    wide = both.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean().unstack("method")
-    if not {method, baseline} <= set(wide.columns):
-        return {}
-    gain = (wide[method] - wide[baseline]).dropna().groupby(level=one, dropna=False, sort=False).mean()
-    return {**_interval(gain), "cases": len(gain)} if len(gain) else {}
-
-
-def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
-    """Return the same of numbers over all pixels; seeds that one of the two lacks do not count."""
-    import numpy as np
-
-    pair = [method, baseline]
-    seeds = set.intersection(*(set(table.loc[table["method"] == name, "seed"]) for name in pair))
-    both = table[table["method"].isin(pair) & table["seed"].isin(seeds) & table["metric"].isin(dcam_protocol.COUNTS)]
-    if both.empty:
-        return {}
-    random = np.random.default_rng(0)
-    middle: list[Any] = []
-    drawn: list[Any] = []
-    for _, part in both.groupby("target", sort=False):
-        names = [part[key].unique() for key in ("patient", "seed", "class")]
-        sums = dcam_protocol.counts_of(part, ["patient", "method", "seed", "class"])
-        order = [(p, m, s, c) for p in names[0] for m in pair for s in names[1] for c in names[2]]
-        counts = sums.reindex(order, fill_value=0.0).to_numpy().reshape(len(names[0]), 2, *map(len, names[1:]), 3)
-        count = len(counts)
-        weights = random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-        for kept, times in ((middle, np.ones((1, count))), (drawn, weights)):
-            scores = dcam_protocol.score(np.tensordot(times, counts, 1), metric).mean(-1)  # over seeds
-            kept.append(scores[:, 0] - scores[:, 1])
-    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
-    ends = {"low": float(low), "high": float(high)}
-    return {"difference": float(np.mean(middle)), **ends, "cases": both["case"].nunique()}
-
-
-def _interval(gain: pandas.Series) -> dict[str, float]:
-    """Return the mean over sites of the mean gain, with its interval; ``gain`` is indexed by target, patient, case."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    drawn = np.zeros(_RESAMPLES)
-    middle = []
-    sites = list(gain.groupby(level="target"))
-    for _, part in sites:
-        patients = part.groupby(level="patient")
-        total, count = patients.sum().to_numpy(), patients.count().to_numpy()
-        chosen = random.integers(len(total), size=(_RESAMPLES, len(total)))
-        drawn += total[chosen].sum(1) / count[chosen].sum(1) / len(sites)
-        middle.append(total.sum() / count.sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"difference": float(np.mean(middle)), "low": float(low), "high": float(high)}
-
-
 @dataclass(frozen=True)
 class Printed:
     """One table as text: a collection and ratio.
@@ -211,9 +91,9 @@ def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) ->
     found = []
     for (dataset, ratio), part in lines.groupby(["dataset", "ratio"], dropna=False, sort=False):
         data = collections[str(dataset)]
-        sites = sorted(part.loc[~part["target"].isin(_AVERAGES), "target"].unique())
+        sites = sorted(part.loc[~part["target"].isin(UNSEEN_AVERAGES), "target"].unique())
         # the pooled mean stands where a paper prints it
-        targets = [*sites, *_AVERAGES[: 1 + (AVERAGES.get(study.protocol) == _AVERAGES[1])]]
+        targets = [*sites, *UNSEEN_AVERAGES[: 1 + (AVERAGES.get(study.protocol) == UNSEEN_AVERAGES[1])]]
         heading = ["source", "method", *targets]
         if gains is not None:
             heading.append(f"difference to {study.baseline} [95 %]")
@@ -278,18 +158,48 @@ def write_results(tasks: Sequence[Task], study: Study, out: Path) -> pandas.Data
     write_bytes(out / "results.csv", table.to_csv(index=False, lineterminator="\n").encode())
     if len(table):
         content = {
-            "format": 1,
+            "format": 2,
             "study": study.name,
             "budget": study.budget.words(),
             "protocol": study.protocol,
+            "metric": study.metric,
+            "baseline": study.baseline,
             "datasets": {data.name: _title(data, None) for data in study.datasets},
             "matrix": _records(matrix(table, study.metric)),
             "differences": _records(differences(table, study.baseline, study.metric)) if study.baseline else [],
+            "published": [entry for data in study.datasets for entry in _published(study, data)],
+            "runs": _runs(tasks, out),
             "values": _records(table),
         }
         write_json(out / "results.json", content)
         write_bytes(out / "results.md", markdown(table, study).encode())
     return table
+
+
+def _published(study: Study, data: Data) -> Iterator[dict[str, Any]]:
+    """Yield what papers report for the sources of a collection, where that compares with ours."""
+    for source in data.sources:
+        rows, notes = published_rows(study, data, source)
+        for title, targets in rows.items():
+            yield {"dataset": data.name, "source": source, "title": title, "targets": targets, "notes": notes}
+
+
+def _runs(tasks: Sequence[Task], out: Path) -> list[dict[str, Any]]:
+    """Return where each finished run's files lie, relative to the study's folder, and its tasks' seconds by kind."""
+    state = State(out)
+    seconds: dict[Path, dict[str, float]] = {}
+    for task in tasks:
+        if task.run and (spent := state.seconds(task)) is not None:
+            kinds = seconds.setdefault(task.run.folder, {})
+            kind = task.kind.split()[0]
+            kinds[kind] = kinds.get(kind, 0.0) + spent
+    found = []
+    for run in {task.run.folder: task.run for task in tasks if task.run and task.run.folder in seconds}.values():
+        places = {"fold": run.fold, "predictions": run.predictions, "raw": run.raw}
+        paths = {name: os.path.relpath(path, out) for name, path in places.items() if path}
+        named = {"method": run.method, "dataset": run.dataset, "source": run.source, "ratio": run.ratio}
+        found.append({**named, "seed": run.seed, **paths, "seconds": seconds[run.folder]})
+    return found
 
 
 def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ class State:
         """Whether the task ended well, with the inputs it has now."""
         return self._file(DONE, task).is_file()
 
+    def seconds(self, task: Task) -> float | None:
+        """Return how long a finished task took; None for one that has not ended well."""
+        return float(read_json(self._file(DONE, task))["seconds"]) if self.is_done(task) else None
+
     def set(self, task: Task, kind: str, seconds: float = 0.0) -> None:
         """Write a task's state; the other two are taken back."""
         content = {"name": task.name, "kind": task.kind, "seconds": round(seconds, 1), "command": task.typed}

@@ -51,6 +51,9 @@ class Run:
         seed: of everything random.
         folder: receives ``source.csv`` and ``unseen.csv`` of ``dgplugins evaluate``.
         folds: the dataset's folds, which say whether its validation cases are training cases.
+        fold: folder of the trained fold.
+        predictions: folder of the predicted unseen cases.
+        raw: the dataset it was trained on.
     """
 
     method: str
@@ -60,6 +63,9 @@ class Run:
     seed: int
     folder: Path
     folds: Path | None = None
+    fold: Path | None = None
+    predictions: Path | None = None
+    raw: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,12 @@ class _Variant:
         way = "_four" if method.four_slices else "_mirrored" if study.mirroring else ""
         values = folder / f"{study.protocol}{way}"
         raw = self.all.folder / RAW / dataset
-        run = Run(method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS)
+        model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
+        predictions = folder / f"predictions{way}"
+        run = Run(
+            method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS, model / "fold_0",
+            predictions, raw,
+        )  # fmt: skip
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}
         where = ["-tr", method.trainer, "-p", plans, "-device", device]
         trained = ready
@@ -270,7 +281,6 @@ class _Variant:
             train += [*method.budget(study.budget, trainer).words(), "--seed", str(seed)]
             title = "train" if trainer == method.trainer else f"train stage {stage}"
             trained = self.all.add(f"{title} {name}", f"{title} {method.name}", train, (trained,), own, run)
-        model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
         self.teachers[method.name, seed] = trained, model, own
         # a weak dataset keeps the masks of validation cases apart, and trainers of tags their predictions
         truth = raw / (VALIDATION_MASKS if self.data.weak else "labelsTr")
@@ -279,8 +289,19 @@ class _Variant:
         protocol = [] if study.protocol == "standard" else ["--protocol", study.protocol]
         source += ["--partial", "--csv", str(values / "source.csv"), *protocol]
         self.all.add(f"evaluate source {name}", "evaluate", source, (trained,), own, run)
-        predictions = str(folder / f"predictions{way}")
-        words = ["-d", number, "-i", str(raw / "imagesTs"), "-o", predictions, "-f", "0", "-c", configuration, *where]
+        words = [
+            "-d",
+            number,
+            "-i",
+            str(raw / "imagesTs"),
+            "-o",
+            str(predictions),
+            "-f",
+            "0",
+            "-c",
+            configuration,
+            *where,
+        ]
         if method.four_slices:
             predict = ["dgplugins", "predict", *words]
             predict += ["--masks", str(raw / "labelsTs")] if method.settings.get("boxes") == "masks" else []
@@ -288,7 +309,7 @@ class _Variant:
             predict = ["nnUNetv2_predict", *words, "-npp", "0", "-nps", "0"]
             predict += [] if study.mirroring else ["--disable_tta"]
         predicted = self.all.add(f"predict {name}", f"predict {method.name}", predict, (trained,), own, run)
-        unseen = ["dgplugins", "evaluate", number, predictions, "--csv", str(values / "unseen.csv"), *protocol]
+        unseen = ["dgplugins", "evaluate", number, str(predictions), "--csv", str(values / "unseen.csv"), *protocol]
         self.all.add(f"evaluate unseen {name}", "evaluate", unseen, (predicted,), own, run)
 
     def _pseudo_labels(self, method: Method, plans: str, seed: int, name: str) -> tuple[str, str, str, str]:

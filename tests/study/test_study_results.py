@@ -10,8 +10,9 @@ import pandas
 import pytest
 
 from nnunet_dgplugins.budget import Budget
+from nnunet_dgplugins.evaluation.comparison import by_seed, differences, matrix
 from nnunet_dgplugins.study.definition import Data, Method, Study
-from nnunet_dgplugins.study.results import by_seed, collect, differences, markdown, matrix, printed, write_results
+from nnunet_dgplugins.study.results import collect, markdown, printed, write_results
 from nnunet_dgplugins.study.tasks import Run, Task
 
 STUDY = Study(

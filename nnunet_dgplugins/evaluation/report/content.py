@@ -1,0 +1,158 @@
+"""What a report is made of, whether it comes from a study or from folders of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_dgplugins.evaluation.comparison import TRAINING, UNSEEN, VALIDATION
+from nnunet_dgplugins.evaluation.doubt import FILE as DOUBT
+from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation
+from nnunet_dgplugins.evaluation.tables import source_name
+
+if TYPE_CHECKING:
+    import pandas
+
+METRICS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg", "dcam": "miou"}
+"""Protocol -> the metric of the tables."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one training and its prediction took; None where it is not known.
+
+    Args:
+        minutes: of training steps and online validation.
+        prediction_seconds: of the unseen cases, with loading and writing.
+        memory: highest of the training process, bytes.
+        gpu_memory: highest allocated, bytes.
+        disk: of the trained fold, bytes.
+    """
+
+    minutes: float | None = None
+    prediction_seconds: float | None = None
+    memory: float | None = None
+    gpu_memory: float | None = None
+    disk: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training, or one folder of predictions.
+
+    Args:
+        method: as the tables call it.
+        dataset: collection.
+        source: site trained on.
+        ratio: labelled share, None for all.
+        seed: of the training.
+        predictions: label maps of the unseen cases.
+        labels: their truth.
+        images: folders to look for their images in.
+        file_ending: of all three.
+        panels: page of maps and pseudo labels that the method learnt from, where there is one.
+        curves: name -> a value per epoch.
+        settings: of the trainer, where it is one of this package.
+        costs: what it took.
+    """
+
+    method: str
+    dataset: str
+    source: str
+    ratio: float | None
+    seed: int
+    predictions: Path | None = None
+    labels: Path | None = None
+    images: Sequence[Path] = ()
+    file_ending: str = ""
+    panels: Path | None = None
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    costs: Costs = Costs()
+
+    @property
+    def doubt(self) -> Path | None:
+        """The folder whose cases the method doubts to a known degree; None where it has not been asked."""
+        return self.predictions if self.predictions and (self.predictions / DOUBT).is_file() else None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a paper's table that compares with ours, for the table of one collection and source."""
+
+    dataset: str
+    source: str
+    title: str
+    targets: Mapping[str, float]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a page shows.
+
+    Args:
+        title: heading.
+        table: tidy, columns of :mod:`~nnunet_dgplugins.evaluation.comparison`.
+        protocol: of ``dgplugins evaluate``.
+        entries: in the order in which methods are shown.
+        metric: of the tables and figures.
+        baseline: method that the others are compared with; None: no comparison.
+        collections: name of each dataset -> how it is titled, which says where images are made or simulated.
+        budget: of each training, in words.
+        published: rows of papers.
+        notes: what a reader has to know, a sentence each.
+    """
+
+    title: str
+    table: pandas.DataFrame
+    protocol: str
+    entries: Sequence[Entry]
+    metric: str
+    baseline: str | None = None
+    collections: Mapping[str, str] = field(default_factory=dict)
+    budget: str = ""
+    published: Sequence[Published] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def methods(self) -> list[str]:
+        """Names in the order of the table."""
+        return [str(name) for name in self.table["method"].unique()]
+
+
+def from_evaluations(results: Mapping[str, Evaluation], baseline: str | None = None, title: str = "") -> Report:
+    """Return the report of one or more folders of predictions of one dataset.
+
+    Args:
+        results: name of each method -> its evaluation, all by one protocol.
+        baseline: one of the names.
+        title: heading; default: the dataset's name.
+    """
+    import pandas
+
+    first = next(iter(results.values()))
+    data, source = first.dataset, source_name(first)
+    tables = [_tidy(result, name, source) for name, result in results.items()]
+    entries = [
+        Entry(name, data.name, source, None, 0, result.predictions, result.labels, _images(data), data.file_ending)
+        for name, result in results.items()
+    ]
+    notes = list(dict.fromkeys(note for result in results.values() for note in result.notes))
+    protocol = first.protocol
+    table = pandas.concat(tables, ignore_index=True)
+    return Report(title or data.name, table, protocol, entries, METRICS[protocol], baseline, notes=notes)
+
+
+def _tidy(result: Evaluation, method: str, source: str) -> pandas.DataFrame:
+    table, sources = result.table, result.dataset.table.sources
+    own = result.labels.name == "labelsTr"
+    split = table["site"].map(lambda site: (TRAINING if own else VALIDATION) if site in sources else UNSEEN)
+    labels = {"method": method, "dataset": result.dataset.name, "source": source, "ratio": None, "seed": 0}
+    return table.rename(columns={"site": "target"}).assign(**labels, split=split)
+
+
+def _images(data: Dataset) -> list[Path]:
+    return [data.folder / "imagesTs", data.folder / "imagesTr"]

@@ -1,0 +1,100 @@
+"""Renders a report: one HTML file that loads nothing, and its numbers beside it as CSV and JSON."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nnunet_dgplugins import __version__
+from nnunet_dgplugins.evaluation import comparison
+from nnunet_dgplugins.evaluation.report.content import Report
+from nnunet_dgplugins.evaluation.report.parts import Section
+from nnunet_dgplugins.evaluation.report.sections import lead, numbers
+from nnunet_dgplugins.evaluation.report.views import views
+from nnunet_dgplugins.files import write_bytes, write_json
+
+JSON_FORMAT = 1
+_PACKAGES = ("nnunetv2", "torch", "numpy", "scipy", "pandas", "matplotlib", "SimpleITK")
+
+
+def write_report(report: Report, path: Path) -> list[Path]:
+    """Write the page, and its numbers beside it; each file in one step.
+
+    Args:
+        report: what it shows.
+        path: of the page; the numbers get its name with ``.csv`` and ``.json``.
+
+    Returns:
+        The written files, the page last: it is there only when everything is.
+    """
+    csv, json_file = path.with_suffix(".csv"), path.with_suffix(".json")
+    html = render(report)
+    write_bytes(csv, report.table.to_csv(index=False, lineterminator="\n").encode())
+    write_json(json_file, to_json(report))
+    write_bytes(path, html.encode())
+    return [csv, json_file, path]
+
+
+def render(report: Report) -> str:
+    """Return the page; the same report gives the same page."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    sections = [*numbers(report), *views(report), _made_with()]
+    shown = [section for section in sections if section.texts or section.blocks]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_beside("page.html.j2"))
+    style = Markup(_beside("style.css"))  # ours, not a user's
+    return template.render(title=report.title, lead=lead(report), sections=shown, style=style) + "\n"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the numbers of the page as plain JSON values; what is not defined is null."""
+    table, metric, baseline = report.table, report.metric, report.baseline
+    against = {
+        name: _records(function(table, baseline, metric)) if baseline else []
+        for name, function in (
+            ("differences", comparison.differences),
+            ("tests", comparison.paired_tests),
+            ("wins", comparison.wins),
+        )
+    }
+    return {
+        "format": JSON_FORMAT,
+        "title": report.title,
+        "protocol": report.protocol,
+        "metric": metric,
+        "baseline": baseline,
+        "budget": report.budget,
+        "matrix": _records(comparison.matrix(table, metric)),
+        "intervals": _records(comparison.intervals(table, metric)),
+        **against,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what made the numbers; packages that are absent are left out."""
+    found = {"nnunet_dgplugins": __version__, "Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _made_with() -> Section:
+    text = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return Section("versions", "Versions", [f"This page was made with {text}."])
+
+
+def _beside(name: str) -> str:
+    return (files("nnunet_dgplugins.evaluation.report") / name).read_text(encoding="utf-8")
+
+
+def _records(table: Any) -> list[dict[str, Any]]:
+    clean = table.astype(object).where(table.notna(), None)
+    return [dict(row) for row in clean.to_dict("records")]

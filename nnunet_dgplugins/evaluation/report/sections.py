@@ -1,0 +1,287 @@
+"""The report's numbers: means per site, differences to the baseline, classes, costs, settings, definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nnunet_dgplugins.evaluation import comparison
+from nnunet_dgplugins.evaluation.comparison import TRAINING, UNSEEN, UNSEEN_AVERAGES
+from nnunet_dgplugins.evaluation.evaluate import PROTOCOLS
+from nnunet_dgplugins.evaluation.metrics import Metric
+from nnunet_dgplugins.evaluation.report import figures
+from nnunet_dgplugins.evaluation.report.content import Report
+from nnunet_dgplugins.evaluation.report.parts import Block, Picture, Section, Table, embedded
+from nnunet_dgplugins.files import human_bytes
+
+if TYPE_CHECKING:
+    import pandas
+
+_MEAN = UNSEEN_AVERAGES[0]
+_INTERVALS = (
+    "Intervals are 95 %: patients are drawn with replacement within each site, 2000 times. ± is the standard deviation "
+    "over seeds."
+)
+
+
+def metric_of(report: Report) -> Metric:
+    """Return how the report's metric is to be read."""
+    return PROTOCOLS[report.protocol][report.metric]
+
+
+def lead(report: Report) -> str:
+    """Return the page's first sentences: what was compared, and who is ahead where."""
+    table, title = report.table, metric_of(report).title
+    sites = sorted(table.loc[table["split"] == UNSEEN, "target"].unique())
+    sources = sorted(table["source"].unique())
+    seeds = table["seed"].nunique()
+    parts = [
+        f"{_count(len(report.methods), 'method')}, {_count(len(sources), 'source')}, {_count(seeds, 'seed')}; "
+        f"{_count(len(sites), 'unseen site')}: {', '.join(sites)}."
+    ]
+    if report.budget:
+        parts.append(f"Budget of each training: {report.budget}.")
+    for dataset, ratio, part in _collections(report, comparison.matrix(table, report.metric)):
+        means = part[part["target"] == _MEAN].groupby("method", sort=False)["mean"].mean()
+        if len(means):
+            best = means.idxmin() if metric_of(report).better == "lower" else means.idxmax()
+            parts.append(
+                f"{_title(report, dataset, ratio)}: best mean on unseen sites {means[best]:.3f} ({best}, {title})."
+            )
+    return " ".join(parts)
+
+
+def numbers(report: Report) -> list[Section]:
+    """Return the sections of numbers."""
+    return [_results(report), _differences(report), _sites(report), _classes(report), _costs(report), _settings(report),
+            _definitions(report)]  # fmt: skip
+
+
+# ---------------------------------------------------------------- means
+
+
+def _results(report: Report) -> Section:
+    lines = comparison.matrix(report.table, report.metric)
+    spread = comparison.intervals(report.table, report.metric).set_index(["dataset", "source", "method", "target"])
+    better = metric_of(report).better != "lower"
+    blocks = []
+    for dataset, ratio, part in _collections(report, lines):
+        own = spread[_same_ratio(spread["ratio"], ratio)] if len(spread) else spread
+        title = _title(report, dataset, ratio)
+        svg = embedded(figures.heat_maps(part, better), "svg+xml")
+        alt = f"Heat maps of {metric_of(report).title}, one per method, sources x sites: the numbers of the table."
+        caption = "Dark is better; in italics the source's own cases."
+        blocks.append(Block(title, [_matrix(report, dataset, part, own)], [Picture(svg, alt, caption)]))
+    return Section("results", "Results by site", [_INTERVALS], blocks)
+
+
+def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas.DataFrame) -> Table:
+    sites = sorted(part.loc[~part["target"].isin(UNSEEN_AVERAGES), "target"].unique())
+    averages = [UNSEEN_AVERAGES[1]] if report.protocol == "desam" else []  # where its paper prints the number
+    rows = []
+    for source, own in part.groupby("source", sort=False):
+        for method, values in own.groupby("method", sort=False):
+            at = values.set_index("target")
+            cells = [_cell(at, target) for target in (*sites, *averages)]
+            mean = _cell(at, _MEAN)
+            if (dataset, source, method, _MEAN) in spread.index:
+                ends = spread.loc[(dataset, source, method, _MEAN)]
+                ends = ends.iloc[0] if ends.ndim > 1 else ends
+                mean += f" [{ends['low']:.3f}, {ends['high']:.3f}]"
+            rows.append([str(source), str(method), *cells, mean])
+        for line in report.published:
+            if (line.dataset, line.source) == (dataset, source):
+                cells = [f"{line.targets[to]:.3f}" if to in line.targets else "-" for to in (*sites, *averages, _MEAN)]
+                rows.append([str(source), line.title, *cells])
+    seen = TRAINING if TRAINING in set(part["split"]) else "held-out"
+    notes = [f"In brackets: the source's {seen} cases.", *_caveats(report, dataset)]
+    title = metric_of(report).title
+    return Table(
+        f"{title}, mean over cases and classes", ["source", "method", *sites, *averages, _MEAN], rows, 2, notes
+    )
+
+
+def _caveats(report: Report, dataset: str) -> list[str]:
+    return list(dict.fromkeys(note for line in report.published if line.dataset == dataset for note in line.notes))
+
+
+def _cell(values: pandas.DataFrame, target: str) -> str:
+    if target not in values.index:
+        return "-"
+    row = values.loc[target]
+    text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
+    return text if row["split"] == UNSEEN else f"({text})"
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def _differences(report: Report) -> Section:
+    baseline, metric = report.baseline, report.metric
+    if baseline is None or len(report.methods) < 2:
+        return Section("comparison", "Comparison")
+    keys = ["dataset", "source", "method"]
+    gains = comparison.differences(report.table, baseline, metric)
+    tests = comparison.paired_tests(report.table, baseline, metric)
+    counts = comparison.wins(report.table, baseline, metric)
+    blocks = []
+    for dataset, ratio, part in _collections(report, gains):
+        own = tests[(tests["dataset"] == dataset) & _same_ratio(tests["ratio"], ratio)].set_index(keys)
+        here = counts[(counts["dataset"] == dataset) & _same_ratio(counts["ratio"], ratio)]
+        sites = sorted(here["target"].unique())
+        won = here.set_index(["source", "method", "target"])
+        rows = []
+        for row in part.to_dict("records"):
+            key = (dataset, row["source"], row["method"])
+            found = own.loc[key] if key in own.index else None
+            shown = ["-", "-"] if found is None else [str(int(found["patients"])), _p(found["p_holm"])]
+            cells = [f"{row['difference']:+.3f}", f"[{row['low']:+.3f}, {row['high']:+.3f}]", *shown]
+            for site in sites:
+                one = (row["source"], row["method"], site)
+                cells.append(
+                    "/".join(str(won.loc[one][name]) for name in ("ahead", "level", "behind"))
+                    if one in won.index
+                    else "-"
+                )
+            rows.append([str(row["source"]), str(row["method"]), *cells])
+        heading = ["source", "method", "difference", "95 %", "patients", "p (Holm)", *sites]
+        caption = f"Difference to {baseline} on the same cases; per site: cases ahead/level/behind"
+        blocks.append(Block(_title(report, dataset, ratio), [Table(caption, heading, rows, 2)]))
+    texts = [
+        f"Every method against {baseline}, paired by case. p: Wilcoxon's signed-rank test over patients, two-sided, "
+        f"corrected by Holm over the methods of one source; level: closer than {comparison.TIE}. Intervals and tests "
+        "speak of patients, the spread of seeds is in the table above; seeds of one method share cases."
+    ]
+    return Section("comparison", f"Against {baseline}", texts, blocks)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _sites(report: Report) -> Section:
+    """Points and boxes: a case's mean over classes and seeds."""
+    table = report.table
+    chosen = table[(table["split"] == UNSEEN) & (table["metric"] == report.metric)]
+    blocks = []
+    for dataset, ratio, part in _collections(report, chosen):
+        for source, own in part.groupby("source", sort=False):
+            cases = own.groupby(["method", "target", "case"], sort=False)["value"].mean().reset_index()
+            svg = embedded(figures.boxes(cases, report.methods, metric_of(report).title), "svg+xml")
+            counts = ", ".join(f"{site} {n}" for site, n in cases.groupby("target")["case"].nunique().items())
+            alt = f"Each case of each unseen site as a point, by method, trained on {source}. Cases: {counts}."
+            title = f"{_title(report, dataset, ratio)}, trained on {source}"
+            blocks.append(
+                Block(title, figures=[Picture(svg, alt, "A point is a case, its mean over classes and seeds.")])
+            )
+    texts = [
+        f"A box (quartiles, whiskers to 1.5 times their distance) from {figures.BOXES_FROM} cases on; smaller sites "
+        "show their points alone."
+    ]
+    return Section("sites", "Cases by site", texts if blocks else [], blocks)
+
+
+def _classes(report: Report) -> Section:
+    """Every metric by class, over all unseen cases."""
+    table, metrics = report.table, PROTOCOLS[report.protocol]
+    shown = {name: metric for name, metric in metrics.items() if metric.better and name in set(table["metric"])}
+    chosen = table[(table["split"] == UNSEEN) & table["metric"].isin(shown)]
+    blocks = []
+    for dataset, ratio, part in _collections(report, chosen):
+        keys = ["source", "method", "class"]
+        seeds = part.groupby([*keys, "metric", "seed"], sort=False)["value"].mean()
+        rows = []
+        for key, own in seeds.groupby(level=keys, sort=False):
+            cells = []
+            for name in shown:
+                values = own[own.index.get_level_values("metric") == name].dropna()
+                cells.append(_spread(values))
+            rows.append([*map(str, key), *cells])
+        heading = [*keys, *(metric.title + (f", {metric.unit}" if metric.unit else "") for metric in shown.values())]
+        blocks.append(
+            Block(_title(report, dataset, ratio), [Table("Mean over unseen cases, ± over seeds", heading, rows, 3)])
+        )
+    return Section("classes", "Classes", [], blocks)
+
+
+def _spread(values: pandas.Series) -> str:
+    if not len(values):
+        return "-"
+    digits = 3 if abs(values.mean()) < 10 else 1
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+
+
+# ---------------------------------------------------------------- costs, settings, definitions
+
+
+def _costs(report: Report) -> Section:
+    import statistics
+
+    rows = []
+    for method in report.methods:
+        own = [entry.costs for entry in report.entries if entry.method == method]
+        cells = []
+        for name, text in (
+            ("minutes", "{:.1f} min"), ("prediction_seconds", "{:.0f} s"), ("memory", ""), ("gpu_memory", ""),
+            ("disk", ""),
+        ):  # fmt: skip
+            known = [getattr(cost, name) for cost in own if getattr(cost, name) is not None]
+            middle = statistics.median(known) if known else None
+            cells.append("-" if middle is None else text.format(middle) if text else human_bytes(middle))
+        rows.append([method, str(len(own)), *cells])
+    if all(cell == "-" for row in rows for cell in row[2:]):
+        return Section("costs", "Costs")
+    heading = ["method", "trainings", "training", "prediction", "memory", "GPU memory", "disk"]
+    caption = "Median over trainings: time of training and of predicting the unseen cases, highest memory, size on disk"
+    return Section("costs", "Costs", [], [Block("", [Table(caption, heading, rows)])])
+
+
+def _settings(report: Report) -> Section:
+    blocks = []
+    for method in report.methods:
+        first = next((entry.settings for entry in report.entries if entry.method == method and entry.settings), None)
+        if first:
+            terms = [(str(key), str(value)) for key, value in first.items()]
+            blocks.append(Block(terms=terms, folded=f"{method}: {_count(len(terms), 'setting')}"))
+    texts = ["As resolved for the first training; stock trainers have none."] if blocks else []
+    return Section("settings", "Settings", texts, blocks)
+
+
+def _definitions(report: Report) -> Section:
+    found = set(report.table["metric"]) | {report.metric}
+    terms = [
+        (metric.title + (f" ({metric.unit})" if metric.unit else ""), metric.definition)
+        for name, metric in PROTOCOLS[report.protocol].items()
+        if name in found
+    ]
+    terms += [
+        (
+            "mean unseen",
+            "unweighted mean of the unseen sites' means; a site's mean is over its cases, a case's over its classes",
+        ),
+        ("patients", "cases that share a patient are drawn and tested together"),
+    ]
+    texts = ["P prediction, R reference.", *report.notes]
+    return Section("definitions", "Definitions", texts, [Block(terms=terms)])
+
+
+# ---------------------------------------------------------------- help
+
+
+def _collections(report: Report, table: pandas.DataFrame) -> Iterator[tuple[str, Any, pandas.DataFrame]]:
+    """Yield each dataset and labelled share of a table with its rows."""
+    for (dataset, ratio), part in table.groupby(["dataset", "ratio"], dropna=False, sort=False):
+        yield str(dataset), None if ratio != ratio else ratio, part
+
+
+def _same_ratio(column: pandas.Series, ratio: Any) -> pandas.Series:
+    return column.isna() if ratio is None else column == ratio
+
+
+def _title(report: Report, dataset: str, ratio: Any) -> str:
+    name = report.collections.get(dataset, dataset)
+    return name if ratio is None else f"{name}, {ratio:g} of the labels"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
