@@ -47,6 +47,10 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of --model.")
 @click.option("--device", help="Where --model runs. Default: cuda if there is one.")
 @click.option("--overlays", type=click.Path(file_okay=False, path_type=Path), help="Write one PNG per case.")
+@click.option(
+    "--html", "html_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write one page of tables, charts and cases, and its numbers beside it (.csv, .json).",
+)  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
 def command(
     dataset: str,
@@ -65,6 +69,7 @@ def command(
     device: str | None,
     images: Path | None,
     overlays: Path | None,
+    html_file: Path | None,
     jobs: int,
 ) -> None:
     """Compare PREDICTIONS with the labels of DATASET: per case, class and site, in mm.
@@ -76,7 +81,8 @@ def command(
 
     if equivariance:
         others = {"PREDICTIONS": predictions, "--labels": labels, "--csv": csv_file, "--no-labels": no_labels,
-                  "--partial": partial_folder, "--images": images, "--overlays": overlays}  # fmt: skip
+                  "--partial": partial_folder, "--images": images, "--overlays": overlays,
+                  "--html": html_file}  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise click.UsageError(f"--equivariance asks the --model itself: leave out {', '.join(given)}.")
         if not model:
@@ -87,8 +93,8 @@ def command(
         return
     if predictions is None:
         raise click.UsageError("Missing argument 'PREDICTIONS'.")
-    if no_labels and (csv_file or overlays or protocol != "standard"):
-        raise click.UsageError("--no-labels gives a ranking only: leave out --csv, --overlays and --protocol.")
+    if no_labels and (csv_file or overlays or html_file or protocol != "standard"):
+        raise click.UsageError("--no-labels gives a ranking only: leave out --csv, --html, --overlays and --protocol.")
     if images and not model:
         raise click.UsageError("--images is for --model: give the model folder too.")
     data = Dataset.load(dataset)
@@ -112,6 +118,12 @@ def command(
 
         written = overlay_folder(result, overlays, images)
         click.echo(f"{len(written)} overlays in {overlays}", err=True)
+    if html_file:
+        from nnunet_dgplugins.evaluation.report.content import from_evaluations
+        from nnunet_dgplugins.evaluation.report.page import write_report
+
+        written = write_report(from_evaluations({predictions.name: result}, images=images), html_file)
+        click.echo("\n".join(map(str, written)), err=True)
 
 
 def _equivariance(model: Path, fold: str, checkpoint: str, device: str | None, as_json: bool) -> None:

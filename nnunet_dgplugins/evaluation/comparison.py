@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 COLUMNS = ["method", "dataset", "source", "target", "ratio", "seed", "case", "patient", "class", "metric", "value"]
 UNSEEN, VALIDATION, TRAINING = "unseen", "validation", "training"
 UNSEEN_AVERAGES = ("mean unseen", "pooled unseen")
+#: protocol of ``dgplugins evaluate`` -> the number that tables compare
+TABLE_METRICS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg", "dcam": "miou"}
 TIE = 0.005  # two numbers of a case closer than this are a tie
 _RESAMPLES = 2000
 _GROUP = ["dataset", "ratio", "source"]

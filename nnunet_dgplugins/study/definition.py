@@ -8,6 +8,7 @@ from typing import Any
 
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins.budget import Budget
+from nnunet_dgplugins.evaluation.comparison import TABLE_METRICS
 from nnunet_dgplugins.registry import TRAINERS
 
 #: plans name -> nnU-Net's planner that writes it
@@ -18,8 +19,6 @@ PLANNERS = {
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
 ALL = "all"  # stands for the source where a dataset has none
-#: protocol of ``dgplugins evaluate`` -> the number of its tables
-PROTOCOLS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg", "dcam": "miou"}
 
 
 @dataclass(frozen=True)
@@ -163,4 +162,4 @@ class Study:
     @property
     def metric(self) -> str:
         """The metric of the tables unless another is asked for: the protocol's own."""
-        return PROTOCOLS[self.protocol]
+        return TABLE_METRICS[self.protocol]

@@ -15,8 +15,9 @@ from dataset_conversion._registry import CONVERTERS, load_converter
 from nnunet_dgplugins import settings
 from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+from nnunet_dgplugins.evaluation.comparison import TABLE_METRICS
 from nnunet_dgplugins.registry import GROUPS_SLICES, TRAINERS
-from nnunet_dgplugins.study.definition import PLANNERS, PROTOCOLS, Data, Method, Study
+from nnunet_dgplugins.study.definition import PLANNERS, Data, Method, Study
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]*")
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
@@ -99,8 +100,8 @@ class _Reader:
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
             self.note("seeds", repr(list(seeds)), "different whole numbers from 0")
         protocol = values.get("protocol", "standard")
-        if protocol not in PROTOCOLS:
-            self.note("protocol", f"no protocol '{protocol}'{nearest(protocol, PROTOCOLS)}")
+        if protocol not in TABLE_METRICS:
+            self.note("protocol", f"no protocol '{protocol}'{nearest(protocol, TABLE_METRICS)}")
         if values.get("device", "auto") not in ("auto", "cpu", "cuda", "mps"):
             self.note("device", repr(values["device"]), "auto, cpu, cuda or mps")
         if self.problems or budget is None:

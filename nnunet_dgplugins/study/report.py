@@ -45,7 +45,7 @@ def read_study_results(out: Path) -> Report:
         metric=content["metric"],
         baseline=content["baseline"],
         collections=content["datasets"],
-        budget=" ".join(content["budget"]).removeprefix("--"),
+        budget=" ".join(reversed(content["budget"])).replace("--", ""),
         published=[Published(**row) for row in content["published"]],
     )
 

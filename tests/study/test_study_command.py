@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from nnunet_dgplugins.cli.report import command as report
 from nnunet_dgplugins.cli.study import command
 from nnunet_dgplugins.errors import BadInput
 
@@ -56,6 +57,11 @@ def test_a_study_runs_reports_and_runs_again_only_what_changed(tmp_path: Path):
     assert set(table.loc[table["split"] == "validation", "target"]) == {"RUNMC"}
     assert "mean unseen" in done.stdout
     assert (out / "results.md").read_text().startswith("### tiny")
+    assert CliRunner().invoke(report, [str(out)], catch_exceptions=False).exit_code == 0
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/webp") == 2 * 5 * 3  # methods, unseen sites, best to worst
+    for text in ("Learning curves", "Costs", "DeSAM: ", "GiB"):
+        assert text in page
     trained = sorted(out.glob("runs/*/*/*/nnUNet_results/*/*/fold_0/checkpoint_final.pth"))
     assert len(trained) == 2
     ages = [file.stat().st_mtime_ns for file in trained]

@@ -9,10 +9,15 @@ from pathlib import Path
 import pandas
 import pytest
 
-from nnunet_dgplugins.budget import Budget
+from nnunet_dgplugins.budget import TRAINING, Budget
+from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import by_seed, differences, matrix
+from nnunet_dgplugins.evaluation.report.page import write_report
+from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.study.definition import Data, Method, Study
+from nnunet_dgplugins.study.report import read_study_results
 from nnunet_dgplugins.study.results import collect, markdown, printed, write_results
+from nnunet_dgplugins.study.state import State
 from nnunet_dgplugins.study.tasks import Run, Task
 
 STUDY = Study(
@@ -113,6 +118,39 @@ def test_the_files_hold_what_is_printed(tmp_path: Path):
     assert "difference to stock" in text
     assert "(0.515 ± 0.014)" in text  # the source's own cases stand in brackets
     assert "+0.200 [+0.200, +0.200]" in text
+
+
+def test_a_report_is_made_of_what_is_finished_wherever_the_folder_lies_now(tmp_path: Path):
+    out = tmp_path / "here"
+    tasks = []
+    for task in made(out):
+        run = task.run
+        assert run
+        fold = run.folder / "results" / "Trainer__nnUNetPlans__2d" / "fold_0"
+        placed = replace(run, fold=fold, predictions=run.folder / "predictions", raw=out / "raw")
+        tasks.append(replace(task, run=placed))
+        State(out).set(tasks[-1], "done", 90.0)
+        curves = {"train_losses": [1.0, 0.5], "val_losses": [1.1, 0.7], "ema_fg_dice": [0.1, 0.4]}
+        memory = {"peak_memory_bytes": 3 << 30, "peak_gpu_memory_bytes": None}
+        write_json(fold / TRAINING, {"minutes": 2.5, **memory, "curves": curves})
+        block = {"2d": {"dgplugins": {"Trainer": {"rate": 0.1}}}}
+        write_json(fold.parent / "plans.json", {"configurations": block})
+    write_results(tasks, STUDY, out)
+    moved = out.rename(tmp_path / "there")
+    report = read_study_results(moved)
+    assert (report.title, report.baseline, report.metric, report.budget) == ("made", "stock", "dice", "1 epochs")
+    assert len(report.entries) == 4
+    costs = report.entries[0].costs
+    assert (costs.minutes, costs.memory, costs.gpu_memory) == (2.5, 3 << 30, None)
+    assert costs.disk
+    assert report.entries[0].settings == {"rate": 0.1}
+    page = write_report(report, tmp_path / "report.html")[-1].read_text()
+    for text in ("made images", "Learning curves", "2.5 min", "3.0 GiB", "2/0/0", "+0.200", "0.625 ±", "1 setting"):
+        assert text in page
+    content = json.loads((moved / "results.json").read_text())
+    (moved / "results.json").write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(UserError, match="Run the study again"):
+        read_study_results(moved)
 
 
 def test_nothing_finished_gives_an_empty_table(tmp_path: Path):

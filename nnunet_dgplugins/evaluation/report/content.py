@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_dgplugins.evaluation.comparison import TRAINING, UNSEEN, VALIDATION
+from nnunet_dgplugins.evaluation.comparison import TABLE_METRICS, TRAINING, UNSEEN, VALIDATION
 from nnunet_dgplugins.evaluation.doubt import FILE as DOUBT
-from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation
+from nnunet_dgplugins.evaluation.evaluate import Evaluation
 from nnunet_dgplugins.evaluation.tables import source_name
 
 if TYPE_CHECKING:
     import pandas
-
-METRICS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_samsdg", "dcam": "miou"}
-"""Protocol -> the metric of the tables."""
 
 
 @dataclass(frozen=True)
@@ -123,27 +120,30 @@ class Report:
         return [str(name) for name in self.table["method"].unique()]
 
 
-def from_evaluations(results: Mapping[str, Evaluation], baseline: str | None = None, title: str = "") -> Report:
+def from_evaluations(
+    results: Mapping[str, Evaluation], baseline: str | None = None, images: Path | None = None
+) -> Report:
     """Return the report of one or more folders of predictions of one dataset.
 
     Args:
         results: name of each method -> its evaluation, all by one protocol.
         baseline: one of the names.
-        title: heading; default: the dataset's name.
+        images: folder of the cases' images; None takes ``imagesTs`` and then ``imagesTr`` of the dataset.
     """
     import pandas
 
     first = next(iter(results.values()))
     data, source = first.dataset, source_name(first)
     tables = [_tidy(result, name, source) for name, result in results.items()]
+    folders = [images] if images else [data.folder / "imagesTs", data.folder / "imagesTr"]
     entries = [
-        Entry(name, data.name, source, None, 0, result.predictions, result.labels, _images(data), data.file_ending)
+        Entry(name, data.name, source, None, 0, result.predictions, result.labels, folders, data.file_ending)
         for name, result in results.items()
     ]
     notes = list(dict.fromkeys(note for result in results.values() for note in result.notes))
     protocol = first.protocol
     table = pandas.concat(tables, ignore_index=True)
-    return Report(title or data.name, table, protocol, entries, METRICS[protocol], baseline, notes=notes)
+    return Report(data.name, table, protocol, entries, TABLE_METRICS[protocol], baseline, notes=notes)
 
 
 def _tidy(result: Evaluation, method: str, source: str) -> pandas.DataFrame:
@@ -152,7 +152,3 @@ def _tidy(result: Evaluation, method: str, source: str) -> pandas.DataFrame:
     split = table["site"].map(lambda site: (TRAINING if own else VALIDATION) if site in sources else UNSEEN)
     labels = {"method": method, "dataset": result.dataset.name, "source": source, "ratio": None, "seed": 0}
     return table.rename(columns={"site": "target"}).assign(**labels, split=split)
-
-
-def _images(data: Dataset) -> list[Path]:
-    return [data.folder / "imagesTs", data.folder / "imagesTr"]

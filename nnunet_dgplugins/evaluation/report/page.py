@@ -12,7 +12,7 @@ from nnunet_dgplugins import __version__
 from nnunet_dgplugins.evaluation import comparison
 from nnunet_dgplugins.evaluation.report.content import Report
 from nnunet_dgplugins.evaluation.report.parts import Section
-from nnunet_dgplugins.evaluation.report.sections import lead, numbers
+from nnunet_dgplugins.evaluation.report.sections import background, lead, results
 from nnunet_dgplugins.evaluation.report.views import views
 from nnunet_dgplugins.files import write_bytes, write_json
 
@@ -43,7 +43,7 @@ def render(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    sections = [*numbers(report), *views(report), _made_with()]
+    sections = [*results(report), *views(report), *background(report), _made_with()]
     shown = [section for section in sections if section.texts or section.blocks]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_beside("page.html.j2"))

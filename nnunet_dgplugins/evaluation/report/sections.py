@@ -51,10 +51,14 @@ def lead(report: Report) -> str:
     return " ".join(parts)
 
 
-def numbers(report: Report) -> list[Section]:
-    """Return the sections of numbers."""
-    return [_results(report), _differences(report), _sites(report), _classes(report), _costs(report), _settings(report),
-            _definitions(report)]  # fmt: skip
+def results(report: Report) -> list[Section]:
+    """Return the sections that say who is ahead."""
+    return [_results(report), _differences(report), _sites(report)]
+
+
+def background(report: Report) -> list[Section]:
+    """Return the sections to look things up in."""
+    return [_classes(report), _costs(report), _settings(report), _definitions(report)]
 
 
 # ---------------------------------------------------------------- means
@@ -82,22 +86,22 @@ def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas
     for source, own in part.groupby("source", sort=False):
         for method, values in own.groupby("method", sort=False):
             at = values.set_index("target")
-            cells = [_cell(at, target) for target in (*sites, *averages)]
+            cells = [_cell(at, target) for target in (*averages, *sites)]
             mean = _cell(at, _MEAN)
             if (dataset, source, method, _MEAN) in spread.index:
                 ends = spread.loc[(dataset, source, method, _MEAN)]
                 ends = ends.iloc[0] if ends.ndim > 1 else ends
                 mean += f" [{ends['low']:.3f}, {ends['high']:.3f}]"
-            rows.append([str(source), str(method), *cells, mean])
+            rows.append([str(source), str(method), mean, *cells])
         for line in report.published:
             if (line.dataset, line.source) == (dataset, source):
-                cells = [f"{line.targets[to]:.3f}" if to in line.targets else "-" for to in (*sites, *averages, _MEAN)]
+                cells = [f"{line.targets[to]:.3f}" if to in line.targets else "-" for to in (_MEAN, *averages, *sites)]
                 rows.append([str(source), line.title, *cells])
     seen = TRAINING if TRAINING in set(part["split"]) else "held-out"
     notes = [f"In brackets: the source's {seen} cases.", *_caveats(report, dataset)]
     title = metric_of(report).title
     return Table(
-        f"{title}, mean over cases and classes", ["source", "method", *sites, *averages, _MEAN], rows, 2, notes
+        f"{title}, mean over cases and classes", ["source", "method", _MEAN, *averages, *sites], rows, 2, notes
     )
 
 
@@ -149,8 +153,9 @@ def _differences(report: Report) -> Section:
         blocks.append(Block(_title(report, dataset, ratio), [Table(caption, heading, rows, 2)]))
     texts = [
         f"Every method against {baseline}, paired by case. p: Wilcoxon's signed-rank test over patients, two-sided, "
-        f"corrected by Holm over the methods of one source; level: closer than {comparison.TIE}. Intervals and tests "
-        "speak of patients, the spread of seeds is in the table above; seeds of one method share cases."
+        "corrected by Holm over the methods of one source; below six patients it cannot fall under 0.05. Level: closer "
+        f"than {comparison.TIE}. Intervals and tests speak of patients, the spread of seeds is in the table above; "
+        "seeds of one method share cases."
     ]
     return Section("comparison", f"Against {baseline}", texts, blocks)
 
@@ -261,7 +266,7 @@ def _definitions(report: Report) -> Section:
         ),
         ("patients", "cases that share a patient are drawn and tested together"),
     ]
-    texts = ["P prediction, R reference.", *report.notes]
+    texts = ["P prediction, R reference, d distance in mm to the other one's surface.", *report.notes]
     return Section("definitions", "Definitions", texts, [Block(terms=terms)])
 
 

@@ -1,0 +1,77 @@
+"""Statistics of compared methods, held against hand-made numbers and other libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas
+import pytest
+from scipy.stats import wilcoxon
+
+from nnunet_dgplugins.evaluation.comparison import (
+    COLUMNS,
+    holm,
+    intervals,
+    paired_tests,
+    wins,
+)
+
+
+def table(gains: dict[str, list[float]], patients_of: int = 1, metric: str = "dice") -> pandas.DataFrame:
+    """Stock has 0.5 everywhere; ``gains`` of each other method, one per patient, half of them at each site."""
+    rows = []
+    count = len(next(iter(gains.values())))
+    for method, values in {"stock": [0.0] * count, **gains}.items():
+        for patient, gain in enumerate(values):
+            site = "B" if patient < count // 2 else "C"
+            for case in range(patients_of):
+                for seed, noise in ((0, -0.01), (1, 0.01)):
+                    name = f"{site}{patient}_{case}"
+                    rows.append((method, "d", "A", site, None, seed, name, f"{site}/{patient}", "organ", metric,
+                                 0.5 + gain + noise, "unseen"))  # fmt: skip
+    return pandas.DataFrame(rows, columns=[*COLUMNS, "split"])
+
+
+def test_holm_steps_down_and_never_falls():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_the_paired_test_counts_patients_and_is_corrected_for_the_number_of_methods():
+    gains = {"ours": [0.1, 0.2, 0.15, 0.05, 0.3, 0.12, 0.11, -0.02], "other": [0.01, -0.01, 0.02, -0.02] * 2}
+    found = paired_tests(table(gains, patients_of=3), "stock").set_index("method")
+    raw = wilcoxon(gains["ours"]).pvalue
+    assert found.loc["ours", "patients"] == 8  # not 24 cases
+    assert found.loc["ours", "p"] == pytest.approx(raw)
+    assert found.loc["ours", "p_holm"] == pytest.approx(2 * raw)
+    assert found.loc["other", "p_holm"] == found.loc["other", "p"]
+
+
+def test_methods_that_never_differ_have_p_1_not_an_error():
+    (row,) = paired_tests(table({"same": [0.0] * 6}), "stock").to_dict("records")
+    assert (row["p"], row["p_holm"]) == (1.0, 1.0)
+
+
+def test_wins_are_counted_per_site_and_close_calls_are_level():
+    found = wins(table({"ours": [0.1, 0.004, -0.1, 0.2]}), "stock").set_index("target")
+    assert found.loc["B", ["ahead", "level", "behind"]].tolist() == [1, 1, 0]
+    assert found.loc["C", ["ahead", "level", "behind"]].tolist() == [1, 0, 1]
+
+
+def test_an_interval_holds_the_mean_and_widens_with_the_spread_of_patients():
+    random = np.random.default_rng(0)
+    narrow, wide = (list(random.normal(0, spread, 40)) for spread in (0.01, 0.1))
+    found = intervals(table({"narrow": narrow, "wide": wide})).set_index(["method", "target"])
+    ends = found.loc[("wide", "mean unseen")]
+    middle = 0.5 + (np.mean(wide[:20]) + np.mean(wide[20:])) / 2
+    assert ends["low"] < middle < ends["high"]
+    # of a mean of 40: about 2 x 1.96 standard errors
+    assert ends["high"] - ends["low"] == pytest.approx(2 * 1.96 * np.std(wide) / 40**0.5, rel=0.25)
+    assert ends["high"] - ends["low"] > 5 * np.diff(found.loc[("narrow", "mean unseen"), ["low", "high"]])[0]
+    assert found.loc[("stock", "B"), ["low", "high"]].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_numbers_over_pixels_have_no_values_of_patients_to_test():
+    pixels = table({"ours": [0.1] * 4}, metric="pixels_right")
+    assert all(function(pixels, "stock", "miou").empty for function in (paired_tests, wins))
+    assert intervals(pixels, "miou").empty

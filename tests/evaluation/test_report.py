@@ -1,0 +1,191 @@
+"""The report of folders of predictions: whole, self-contained, the same again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas
+import pytest
+from click.testing import CliRunner
+from made_dataset import CASES, LENGTH, bar, make, write
+
+from nnunet_dgplugins.cli.main import cli
+from nnunet_dgplugins.errors import UserError
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+SECTIONS = (
+    "Results by site",
+    "Against stock",
+    "Cases by site",
+    "Look at these first",
+    "Cases",
+    "Classes",
+    "Definitions",
+)
+
+
+class Page(HTMLParser):
+    """What a screen reader and a browser would find."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Folders of two methods; the second one is better by one voxel of ten everywhere."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nnUNet_raw"))
+    stock, better = make(tmp_path), tmp_path / "better"
+    for case, (_, shared) in CASES.items():
+        write(bar(2 + LENGTH - shared - 1), better / f"{case}.nii.gz")
+    return stock, better
+
+
+@pytest.fixture
+def page(predictions: tuple[Path, Path], tmp_path: Path) -> Path:
+    stock, better = predictions
+    return report(tmp_path / "report.html", "501", f"stock={stock}", f"<b>ours</b>={better}")
+
+
+def report(out: Path, *words: str) -> Path:
+    done = CliRunner().invoke(cli, ["report", *words, "-o", str(out), "--jobs", "1"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert done.output.split()[-3:] == [str(out.with_suffix(ending)) for ending in (".csv", ".json", ".html")]
+    return out
+
+
+def test_the_page_shows_every_section_and_its_numbers_lie_beside_it(page: Path):
+    text = page.read_text(encoding="utf-8")
+    titles = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
+    assert [title for title in titles if title in SECTIONS] == list(SECTIONS)
+    assert "0.600 [" in text  # sites weigh equally: A 0.8, B 0.6, C 0.4
+    assert "0.700 [" in text
+    table = pandas.read_csv(page.with_suffix(".csv"))
+    assert set(table["method"]) == {"stock", "<b>ours</b>"}
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    (difference,) = numbers["differences"]
+    assert difference["difference"] == pytest.approx(0.1)
+    assert {row["target"]: row["ahead"] for row in numbers["wins"]} == {"A": 2, "B": 1, "C": 3}
+
+
+def test_the_page_loads_nothing_and_keeps_names_as_text(page: Path):
+    text = page.read_text(encoding="utf-8")
+    found = Page(text)
+    assert all(str(image["src"]).startswith("data:image/") for image in found.all("img"))
+    assert not found.all("link")
+    assert not any(script.get("src") for script in found.all("script"))
+    assert not re.findall(r"(?:src|href)=\"(?:https?:)?//", text)
+    assert "url(" not in re.sub(r"data:image[^\"]*", "", text)
+    assert "&lt;b&gt;ours&lt;/b&gt;" in text
+    assert "<b>ours" not in text
+
+
+def test_it_can_be_read_without_eyes_and_without_a_mouse(page: Path):
+    found = Page(page.read_text(encoding="utf-8"))
+    assert found.all("html") == [{"lang": "en"}]
+    assert all(len(str(image["alt"])) > 20 for image in found.all("img"))
+    assert all(head.get("scope") in ("col", "row") for head in found.all("th"))
+    assert len(found.all("caption")) == len(found.all("table")) > 3
+    assert all(box.get("tabindex") == "0" and box.get("aria-label") for box in found.all("div") if box.get("role"))
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {str(link["href"]).removeprefix("#") for link in found.all("a")}
+    assert targets <= set(ids)
+    levels = [int(tag[1]) for tag, _ in found.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert max(after - before for before, after in itertools.pairwise(levels)) <= 1
+
+
+def test_best_median_and_worst_case_of_each_site_are_shown(page: Path):
+    text = page.read_text(encoding="utf-8")
+    captions = re.findall(r"<figcaption>([ABC]: [^<]*)</figcaption>", text)
+    assert len(captions) == 2 * (2 + 1 + 3)  # methods x cases: each site has so few that all are shown
+    assert "C: C_1, worst, Dice 0.200" in captions
+    assert "C: C_3, best, Dice 0.600" in captions
+    assert "C: C_2, median, Dice 0.400" in captions
+
+
+def test_the_same_predictions_give_the_same_bytes(page: Path, predictions: tuple[Path, Path], tmp_path: Path):
+    stock, better = predictions
+    again = report(tmp_path / "again.html", "501", f"stock={stock}", f"<b>ours</b>={better}")
+    assert again.read_bytes() == page.read_bytes()
+
+
+def test_evaluate_writes_the_small_form(predictions: tuple[Path, Path], tmp_path: Path):
+    out = tmp_path / "one.html"
+    words = ["evaluate", "501", str(predictions[0]), "--html", str(out), "--jobs", "1"]
+    done = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    text = out.read_text(encoding="utf-8")
+    assert "Results by site" in text
+    assert "Against" not in text
+    assert out.with_suffix(".json").is_file()
+
+
+def test_doubt_comes_first_where_a_model_has_said_it(predictions: tuple[Path, Path], tmp_path: Path):
+    stock, _ = predictions
+    doubt = {case: {"doubt": 0.1 * place, "slices": [0.0, 0.3, None]} for place, case in enumerate(CASES)}
+    (stock / "dgplugins_doubt.json").write_text(json.dumps(doubt))
+    text = report(tmp_path / "r.html", "501", str(stock)).read_text(encoding="utf-8")
+    listed = text[text.index("own doubt, highest first") :]
+    assert listed.index("C_3") < listed.index("C_2") < listed.index("A_2")
+
+
+def test_what_is_no_study_and_names_that_do_not_exist_are_said(predictions: tuple[Path, Path], tmp_path: Path):
+    stock, _ = predictions
+    with pytest.raises(UserError, match="no such folder of a study"):
+        CliRunner().invoke(cli, ["report", "nowhere"], catch_exceptions=False)
+    words = ["report", "501", f"stock={stock}", "--baseline", "stok", "-o", str(tmp_path / "x.html")]
+    with pytest.raises(UserError, match="No method 'stok'"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+    twice = CliRunner().invoke(cli, ["report", "501", str(stock), str(stock)])
+    assert twice.exit_code == 2
+    assert "two are called predictions" in twice.output
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine (.ci/run installs it)")
+def test_a_browser_shows_every_figure_and_complains_about_nothing(page: Path, tmp_path: Path):
+    counted = tmp_path / "counted.html"
+    script = (
+        "<script>addEventListener('load', () => {"
+        "document.querySelectorAll('details').forEach(one => { one.open = true; });"
+        "const good = [...document.images].filter(one => one.naturalWidth > 50 && one.clientWidth > 50);"
+        "document.body.dataset.figures = good.length;"
+        "document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth; });</script></body>"
+    )
+    counted.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    expected = len(Page(page.read_text(encoding="utf-8")).all("img"))
+    for width in (1200, 500):
+        picture = tmp_path / f"{width}.png"
+        base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000",
+                "--enable-logging=stderr", "--virtual-time-budget=20000",
+                f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+        shown = subprocess.run([*base, "--dump-dom", counted.as_uri()], capture_output=True, text=True, timeout=180,
+                               check=True)  # fmt: skip
+        assert f'data-figures="{expected}"' in shown.stdout
+        assert 'data-wide="false"' in shown.stdout  # tables scroll in their own boxes
+        assert "CONSOLE" not in shown.stderr
+        subprocess.run([*base, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180, check=True)
+        from PIL import Image
+
+        with Image.open(picture) as image:
+            assert image.size[0] == width
+            assert len(image.convert("L").getcolors() or []) > 20  # not blank
