@@ -12,26 +12,31 @@
 #                                        stock nnU-Net on the pseudo labels; the other one is predicted
 #   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
 #                                        stock nnU-Net for as long as both
+#   bash scripts/demo.sh study           a small study of the phantom, two methods and two seeds, and its report as a page
 #   bash scripts/demo.sh ... --data DIR  the real download, same steps (SAML layout; equivariant: BraTS 2019; dcam: a folder
 #                                        with LUAD-HistoSeg and BCSS-WSSS, which needs a GPU)
 #
 # Options: --data DIR  --device cpu|cuda (cuda if there is one)  --out DIR (demo_output; others: demo_output_METHOD)
 #          desam, samsdg: --source SITE (RUNMC)  |  epl: --target SITE (UCL)  --steps N (100; 5000 with --data)
+#          study: --file FILE (studies/demo.yaml)  --jobs N (2), the other options are in FILE
 # Killed or stopped? Run it again: finished steps are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 method=desam
-case "${1:-}" in desam | epl | equivariant | dcam | samsdg) method="$1"; shift ;; esac
-data="" site="" steps="" out="" device=""
+case "${1:-}" in desam | epl | equivariant | dcam | samsdg | study) method="$1"; shift ;; esac
+data="" site="" steps="" out="" device="" file=studies/demo.yaml jobs=2
 while [ $# -gt 0 ]; do
   case "$1 $method" in
+    "--file study") file="$2"; shift 2 ;;
+    "--jobs study") jobs="$2"; shift 2 ;;
+    "--data study" | "--device study") echo "$1: FILE says it (see --help)" >&2; exit 2 ;;
     --data\ *) data="$2"; shift 2 ;;
     "--source desam" | "--source samsdg" | "--target epl") site="$2"; shift 2 ;;
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,20p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,22p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -61,6 +66,14 @@ esac
 
 . scripts/install.sh
 started=$SECONDS
+spent() { echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Logs: $1"; }
+if [ "$method" = study ]; then
+  out="${out:-demo_output_study}"
+  dgplugins study "$file" --out "$out" --jobs "$jobs"
+  dgplugins report "$out"
+  spent "$out/log"
+  exit
+fi
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 export nnUNet_raw="$out/nnUNet_raw" nnUNet_preprocessed="$out/nnUNet_preprocessed" nnUNet_results="$out/nnUNet_results"
@@ -177,4 +190,4 @@ elif [ "$second" = "$id" ]; then
 else
   python scripts/demo_table.py stages "$id" "$out" "${equal[@]}"
 fi
-echo "Time after installation: $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s. Logs: $out/log"
+spent "$out/log"

@@ -102,6 +102,7 @@ def test_the_demo_refuses_options_of_the_other_method_before_it_installs_anythin
         ["equivariant", "--steps", "5"],
         ["dcam", "--source", "LUAD"],
         ["epl", "--data", "/nowhere"],
+        ["study", "--device", "cpu"],
     ):
         done = subprocess.run(["bash", str(ROOT / "scripts" / "demo.sh"), *words], capture_output=True, text=True,
                               check=False)  # fmt: skip
@@ -123,3 +124,29 @@ def test_the_demo_of_samsdg_trains_both_steps_and_predicts_in_both_ways(tmp_path
         assert word in first.stdout
     pictures = {path.stem for path in (tmp_path / "demo" / "overlays").glob("*.png")}
     assert pictures == {*UNSEEN, "RUNMC"} - {"HK"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_of_a_study_ends_with_a_page(tmp_path: Path):
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("scripts/demo.sh would install .venv; scripts/test.sh has made one where this test counts")
+    small = (ROOT / "studies" / "demo.yaml").read_text()
+    for whole, part in (
+        ("{download}", "{download} --size tiny --cases 5"),
+        ("[0, 1]", "[0]"),
+        ("minutes: 2", "iterations: 2"),
+    ):
+        assert whole in small
+        small = small.replace(whole, part)
+    (tmp_path / "small.yaml").write_text(small)
+    words = ["study", "--file", str(tmp_path / "small.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "demo.sh"), *words], capture_output=True, text=True, env=kept, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(tmp_path / "out" / "report.html") in done.stdout
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "DeSAM box" in page
+    assert "Against stock" in page

@@ -288,7 +288,7 @@ def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
     files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
     studies = {file.stem: read_study(file) for file in files}
-    assert list(studies) == ["dcam", "desam", "encoders", "epl", "equivariant", "samsdg"]
+    assert list(studies) == ["dcam", "demo", "desam", "encoders", "epl", "equivariant", "samsdg"]
     for study in studies.values():
         assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
     assert studies["encoders"].methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
