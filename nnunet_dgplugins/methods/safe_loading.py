@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +96,8 @@ def _load_safely(path: str | os.PathLike[str]) -> Any:
     if Path(path).suffix == ".safetensors":
         return _load_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except pickle.UnpicklingError as error:
@@ -120,6 +122,13 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}). Is the download complete?") from error
+
+
+def numpy_scalars() -> list[Any]:
+    """Return what safe mode has to know to read NumPy's numbers, which scripts log beside their weights."""
+    # the function that rebuilds a scalar is wherever this NumPy keeps it
+    rebuild = np.float64(0).__reduce__()[0]
+    return [rebuild, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}]
 
 
 def _bare(name: str) -> str:

@@ -29,7 +29,7 @@ class Data:
         name: as the study calls it.
         convert: name after ``dgplugins convert``.
         download: folder that is converted; None when ``prepare`` makes it.
-        prepare: command that makes the download in the folder ``{download}``.
+        prepare: command, or several in their order, that makes the download in the folder ``{download}``.
         first_id: nnU-Net id of the first source and ratio; the others follow.
         sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
         ratios: labelled shares, each a dataset of its own; empty for all labels.
@@ -44,7 +44,7 @@ class Data:
     first_id: int
     sources: tuple[str, ...] = ()
     download: str | None = None
-    prepare: str | None = None
+    prepare: str | tuple[str, ...] | None = None
     ratios: tuple[float, ...] = ()
     options: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()

@@ -202,9 +202,13 @@ class _Reader:
         if "download" in values:
             values["download"] = self._folder(f"{where}, download", values["download"])
         if "prepare" in values:
-            values["prepare"] = self._expanded(f"{where}, prepare", values["prepare"])
-            if "{download}" not in values["prepare"]:
-                self.note(f"{where}, prepare", values["prepare"], "{download} where the folder's name belongs")
+            several = isinstance(values["prepare"], tuple)
+            commands = values["prepare"] if several else (values["prepare"],)
+            for command in commands:
+                if "{download}" not in command:
+                    self.note(f"{where}, prepare", command, "{download} where the folder's name belongs")
+            expanded = tuple(self._expanded(f"{where}, prepare", command) for command in commands)
+            values["prepare"] = expanded if several else expanded[0]
         if ("download" in values) == ("prepare" in values):
             self.note(where, "download and prepare", "exactly one of them")
         return Data(name=name, **values)

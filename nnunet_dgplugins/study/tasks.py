@@ -139,9 +139,10 @@ class _Collection:
 
     def tasks(self) -> list[Task]:
         needs: tuple[str, ...] = ()
-        if self.data.prepare:
-            words = [word.format(download=self.download) for word in shlex.split(self.data.prepare)]
-            needs = (self.add("prepare", "prepare", words),)
+        prepare = self.data.prepare or ()
+        for number, command in enumerate((prepare,) if isinstance(prepare, str) else prepare, 1):
+            words = [word.format(download=self.download) for word in shlex.split(command)]
+            needs = (self.add("prepare" if number == 1 else f"prepare {number}", "prepare", words, needs),)
         variants, methods = self.data.variants(), self.study.methods
         own = [method for method in methods if not method.masks]
         for source, ratio, number in variants:

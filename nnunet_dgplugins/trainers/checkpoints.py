@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import replacing
+from nnunet_dgplugins.methods.safe_loading import numpy_scalars
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint.")
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        with torch.serialization.safe_globals(numpy_scalars()):
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a class per cause; the cause is kept
         raise UserError(
@@ -36,9 +36,3 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint in one step."""
     with replacing(path) as temporary:
         torch.save(content, temporary)
-
-
-def _numpy_scalars() -> list[Any]:
-    # the function that rebuilds a scalar is wherever this NumPy keeps it
-    rebuild = np.float64(0).__reduce__()[0]
-    return [rebuild, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}]

@@ -158,6 +158,12 @@ def test_another_width_loads_nothing_and_is_refused(tmp_path):
         load_classifier_weights(ResNet38(2, width_divisor=16), tmp_path / "thin.pth")
 
 
+def test_numbers_that_a_script_logged_beside_its_weights_do_no_harm(tmp_path):
+    content = {"epoch": 46, "best_pred": np.float64(0.76), "state_dict": thin().state_dict()}
+    torch.save(content, tmp_path / "deeplab-resnet.pth.tar")
+    assert read_state_dict(tmp_path / "deeplab-resnet.pth.tar").keys() == thin().state_dict().keys()
+
+
 def test_files_that_cannot_be_read_safely_are_refused(tmp_path):
     torch.save(torch.nn.Conv2d(1, 1, 1), tmp_path / "module.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")

@@ -231,6 +231,19 @@ def test_an_earlier_stage_is_trained_first_in_the_same_results(tmp_path: Path, m
     assert not any(task.kind == "predict DeSAM box" and first.key in task.needs for task in tasks)
 
 
+def test_a_download_may_be_made_by_several_commands_in_order(tmp_path: Path):
+    commands = ["python -m nnunet_dgplugins.phantom {download}", "touch {download}/ready"]
+    datasets = {"phantom": {**GOOD["datasets"]["phantom"], "prepare": commands}}  # type: ignore[index]
+    tasks = {task.name.removeprefix("phantom: "): task for task in tasks_of(tmp_path, datasets=datasets)}
+    first, second = tasks["prepare"], tasks["prepare 2"]
+    assert second.command == ("touch", f"{first.command[-1]}/ready")
+    assert (first.needs, second.needs) == ((), (first.key,))
+    assert tasks["convert RUNMC"].needs == (second.key,)
+    wrong = {"phantom": {**datasets["phantom"], "prepare": [commands[0], "touch ready"]}}
+    with pytest.raises(BadInput, match="touch ready"):
+        tasks_of(tmp_path, datasets=wrong)
+
+
 SAMSDG = {
     "stock": {"trainer": "nnUNetTrainer"},
     "SAM-SDG": {"trainer": "SAMSDGTrainer", "earlier_share": 0.25, "four_slices": True},
