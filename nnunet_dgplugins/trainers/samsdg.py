@@ -223,8 +223,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         else:
             tiles = batch["tiles"].to(self.device)
             if self.settings.augmentation == "location_scale":
-                images = batch["images"].to(self.device)
-                tiles, boxes, asked = self._augmented(tiles, images, target, boxes, asked)
+                tiles, boxes, asked = self._augmented(batch, target)
             embeddings = self.network.embed(tiles)
         draw = draw_jitter(tuple(boxes.shape[:-1]), self.jitter, self.settings.jitter)
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,17 +234,13 @@ class SAMSDGTrainer(SliceMaskTrainer):
         return {"loss": loss.cpu().numpy()}
 
     def _augmented(
-        self,
-        tiles: torch.Tensor,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        boxes: torch.Tensor,
-        asked: torch.Tensor,
+        self, batch: dict[str, Any], target: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give slices other intensities, the same to both networks; returns tiles, boxes, and what SAM is asked for.
 
         The last two are the coarse network's answer to the new slices, except where true boxes are prompts.
         """
+        tiles, images = batch["tiles"].to(self.device), batch["images"].to(self.device)
         draws = draw_curves(len(tiles), target.shape[1], self.augmentation)
         local = self.augmentation.random(len(tiles)) < 0.5
         moved = either_version(tiles, target, draws, local)
@@ -255,7 +250,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
             smaller = nn.functional.interpolate(target, size=images.shape[-2:], mode="nearest")
             seen = either_version(images, smaller, draws, local)
         if self.settings.boxes == "masks":
-            return moved, boxes, asked
+            return moved, batch["boxes"].to(self.device), batch["asked"].to(self.device)
         found = self.network.prompts(seen)
         asked = found.found if self.network.empty == "background" else torch.ones_like(found.found)
         return moved, found.boxes, asked

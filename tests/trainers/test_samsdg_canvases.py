@@ -196,7 +196,7 @@ def test_augmentation_shows_both_networks_the_same_new_intensities(world: World)
     shown: list[torch.Tensor] = []
     prompts = built.network.prompts
     built.network.prompts = lambda images: shown.append(images) or prompts(images)
-    tiles, boxes, asked = built._augmented(batch["tiles"], batch["images"], target)
+    tiles, boxes, asked = built._augmented(batch, target)
     assert boxes.shape == batch["boxes"].shape
     assert asked.all()
     assert not torch.equal(tiles, batch["tiles"])
