@@ -131,7 +131,7 @@ def _loggers() -> list[dict[str, Any]]:
     from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.trainers import loggers
 
-    wandb = os.environ.get(loggers.WANDB, "0") in ("1", "True", "true")  # nnU-Net's own words
+    wandb = os.environ.get("nnUNet_wandb_enabled") in ("1", "True", "true")  # noqa: SIM112 - nnU-Net's own words
     on = [*loggers.named(), *["wandb"] * wandb]
     checks = []
     for name, install in {"wandb": "pip install wandb", **loggers.INSTALL}.items():

@@ -1,7 +1,6 @@
 """TensorBoard and MLflow beside nnU-Net's own logger: ``DGPLUGINS_LOGGERS=tensorboard,mlflow``.
 
-nnU-Net's logger hands every value on to a list of loggers: W&B is put there by nnU-Net itself, these by :func:`attach`.
-Neither package is imported unless it is asked for.
+nnU-Net's logger hands values on to a list of loggers. nnU-Net itself puts W&B there, :func:`attach` these, imported late.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 from nnunet_dgplugins.errors import UserError, nearest
 
 VARIABLE = "DGPLUGINS_LOGGERS"
-WANDB = "nnUNet_wandb_enabled"  # nnU-Net's own switch
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 #: what to install; each logger is named like the package that it imports
 INSTALL = {"tensorboard": "pip install tensorboard", "mlflow": "pip install mlflow-skinny"}
@@ -32,8 +30,7 @@ def named() -> list[str]:
 
 def is_installed(package: str) -> bool:
     """Return whether a package can be imported; a mere folder of its name does not count."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
+    return (spec := find_spec(package)) is not None and spec.origin is not None
 
 
 def asked() -> list[str]:
@@ -49,9 +46,7 @@ def asked() -> list[str]:
         if not is_installed(name):
             raise UserError(f"{VARIABLE} asks for {name}, which is not installed: {INSTALL[name]}")
     if "mlflow" in names and not os.environ.get(TRACKING_URI):
-        raise UserError(
-            f"{VARIABLE} asks for mlflow, and {TRACKING_URI} does not say where: export {TRACKING_URI}=http://server:5000"
-        )
+        raise UserError(f"{VARIABLE} asks for mlflow, which must know where: export {TRACKING_URI}=http://server:5000")
     return names
 
 
@@ -89,12 +84,11 @@ class EpochLogger(ABC):
     def __init__(self, trainer: Any):
         self.epochs_done: int = trainer.current_epoch
         self._values: dict[str, float] = {}
-        self._began = 0.0
 
     def log(self, key: str, value: float, step: int) -> None:
         """Take a value of epoch ``step``; of two values of one key the later counts."""
         if key == "epoch_start_timestamps":
-            self._values, self._began = {}, value
+            self._values, self._began = {}, float(value)
         elif key == "epoch_end_timestamps":
             self.epochs_done = step + 1
             self.write({**self._values, "epoch_seconds": value - self._began}, step)

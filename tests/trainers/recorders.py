@@ -1,4 +1,4 @@
-"""Stand-ins for W&B and MLflow that keep what they are told, TensorBoard's event files, and what all three must hold."""
+"""Stand-ins for W&B and MLflow that keep what they are told; TensorBoard's event files; what all three must hold."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Mlflow(ModuleType):
         self.runs: dict[str, SimpleNamespace] = {}
         self.answers = True
 
-    def MlflowClient(self) -> Mlflow:  # noqa: N802 - MLflow's name
+    def MlflowClient(self) -> Mlflow:
         return self
 
     def set_experiment(self, name: str) -> Any:
@@ -129,9 +129,8 @@ def by_key(entries: list[Any]) -> Curves:
 def events(fold: Path) -> Curves:
     """Read TensorBoard's event files as its own page does."""
     found = _read(fold)
-    return by_key(
-        [SimpleNamespace(key=key, step=e.step, value=e.value) for key in found.Tags()["scalars"] for e in found.Scalars(key)]
-    )  # fmt: skip
+    scalars = [(key, entry) for key in found.Tags()["scalars"] for entry in found.Scalars(key)]
+    return by_key([SimpleNamespace(key=key, step=entry.step, value=entry.value) for key, entry in scalars])
 
 
 def hyperparameters(fold: Path) -> dict[str, Any]:
@@ -173,6 +172,18 @@ def kill_while_saving(trainer: Any, name: str) -> None:
         save(filename)
 
     trainer.save_checkpoint = stopping
+
+
+def kill_in_epoch(trainer: Any, epoch: int) -> None:
+    """Let a trainer stop where it would do a step of an epoch."""
+    step = trainer.train_step
+
+    def stopping(batch: Any) -> Any:
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    trainer.train_step = stopping
 
 
 def expected_curves(logging: dict[str, list[Any]]) -> Curves:
