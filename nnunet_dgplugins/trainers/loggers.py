@@ -1,6 +1,6 @@
 """TensorBoard and MLflow beside nnU-Net's own logger: ``DGPLUGINS_LOGGERS=tensorboard,mlflow``.
 
-nnU-Net's logger hands values on to a list of loggers. nnU-Net itself puts W&B there, :func:`attach` these, imported late.
+nnU-Net's logger hands values on to a list of loggers: its own W&B, and by :func:`attach` these, imported if asked for.
 """
 
 from __future__ import annotations
