@@ -60,7 +60,7 @@ def attach(trainer: Any, hyperparameters: dict[str, Any]) -> None:
     if trainer.current_epoch == 0:
         trainer.logger.update_config({"settings": hyperparameters})
     for name in asked():
-        logger = {"tensorboard": TensorBoardLogger, "mlflow": MLflowLogger}[name](trainer)
+        logger: Any = {"tensorboard": TensorBoardLogger, "mlflow": MLflowLogger}[name](trainer)
         if logger.new:
             logger.update_config(hyperparameters)
         trainer.logger.loggers.append(logger)
@@ -115,7 +115,7 @@ class TensorBoardLogger(EpochLogger):
         if not trainer.current_epoch:  # what lies there belongs to a training that is overwritten
             shutil.rmtree(folder, ignore_errors=True)
         self.new = not folder.exists()
-        self._writer = SummaryWriter(str(folder), purge_step=None if self.new else trainer.current_epoch)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=None if self.new else trainer.current_epoch)
         trainer.print_to_log_file(f"Curves: tensorboard --logdir {folder}")
 
     def update_config(self, config: dict[str, Any]) -> None:
