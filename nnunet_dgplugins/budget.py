@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -31,8 +31,10 @@ from typing import Any
 import click
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.files import read_json, replacing, write_json
+from nnunet_dgplugins.files import read_json, write_json
 from nnunet_dgplugins.locks import held
+from nnunet_dgplugins.trainers import loggers
+from nnunet_dgplugins.trainers.stock import ShareSchedule, blur_in_one_way, save_in_one_step
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 TRAINING = "dgplugins_training.json"  # in a fold: what the training took, and its curves
@@ -74,27 +76,6 @@ class Budget:
         )
 
 
-class ShareSchedule:
-    """Polynomial decay over the share of the budget that is left; ``step`` is called before every training step.
-
-    An epoch may be a large part of a short budget, so that a rate set once per epoch would hardly fall.
-
-    Args:
-        optimizer: the trainer's optimiser; a group that has an ``initial_lr`` of its own decays from there.
-        initial_lr: learning rate at the start, of the others.
-        left: returns the share that is left, 0 to 1.
-        exponent: nnU-Net's 0.9; 0 keeps the rate.
-    """
-
-    def __init__(self, optimizer: Any, initial_lr: float, left: Callable[[], float], exponent: float = 0.9):
-        self.optimizer, self.initial_lr, self.left, self.exponent = optimizer, initial_lr, left, exponent
-
-    def step(self, epoch: int | None = None) -> None:
-        """Set the learning rate of this moment."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.get("initial_lr", self.initial_lr) * self.left() ** self.exponent
-
-
 class BudgetRun:
     """One training of a constructed, not yet initialised trainer.
 
@@ -116,8 +97,8 @@ class BudgetRun:
         self._steps_in_epoch = 0
         if not self.own:
             trainer.save_every = _ENDLESS  # nnU-Net saves before the best value is updated, we do it behind that
-            _save_in_one_step(trainer)
-            _blur_in_one_way(trainer)
+            save_in_one_step(trainer)
+            blur_in_one_way(trainer)
 
     def initialize(self) -> None:
         """Build the network from the seed."""
@@ -155,6 +136,10 @@ class BudgetRun:
         trainer, steps = self.trainer, 0
         self.initialize()
         trainer.on_train_start()
+        if not self.own:
+            names = ("initial_lr", "weight_decay", "batch_size", "num_iterations_per_epoch")
+            chosen = {name: getattr(trainer, name) for name in names}
+            loggers.attach(trainer, {**asdict(self.budget), "seed": self.seed, **chosen})
         if not self.budget.epochs:
             exponent = getattr(trainer, "lr_exponent", 0.9)
             trainer.lr_scheduler = ShareSchedule(trainer.optimizer, trainer.initial_lr, self.left, exponent)
@@ -162,6 +147,8 @@ class BudgetRun:
             steps += self._epoch()
         trainer.num_epochs = trainer.current_epoch
         trainer.on_train_end()
+        if not self.own:
+            loggers.finish(trainer)
         return steps
 
     def _epoch(self) -> int:
@@ -222,23 +209,6 @@ class BudgetRun:
             trainer.current_epoch -= 1
             trainer.save_checkpoint(str(Path(trainer.output_folder) / _LATEST))
             trainer.current_epoch += 1
-
-
-def _save_in_one_step(trainer: Any) -> None:
-    write = trainer.save_checkpoint
-
-    def save(filename: str) -> None:
-        with replacing(filename) as temporary:
-            write(str(temporary))
-
-    trainer.save_checkpoint = save
-
-
-def _blur_in_one_way(trainer: Any) -> None:
-    from nnunet_dgplugins.data.augmentation import without_timing
-
-    make = trainer.get_training_transforms
-    trainer.get_training_transforms = lambda *arguments, **options: without_timing(make(*arguments, **options))
 
 
 def train_or_continue(
@@ -345,6 +315,21 @@ def _claim(folder: Path, options: dict[str, Any]) -> None:
     write_json(file, options)
 
 
+def construct(dataset: str, configuration: str, fold: int | str, trainer: str, plans: str, device: Any) -> Any:
+    """Make a trainer as ``nnUNetv2_train`` does, with ``--c`` where the fold has a checkpoint.
+
+    nnU-Net's W&B logger goes on with the fold's run then, and removes it otherwise.
+    """
+    from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    loggers.asked()
+    number = int(dataset) if dataset.isdigit() else dataset
+    folder = Path(get_output_folder(number, trainer, plans, configuration, fold))
+    goes_on = any(folder.glob("checkpoint_*.pth"))
+    return get_trainer_from_args(dataset, configuration, fold, trainer, plans, goes_on, device)
+
+
 @contextmanager
 def seeded_settings(trainer: str, seed: int, budget: Budget) -> Iterator[None]:
     """Let seed and epochs reach a trainer of this package through its own settings; others have none."""
@@ -398,7 +383,6 @@ def command(
     Run the same command again to go on after a stop.
     """
     import torch
-    from nnunetv2.run.run_training import get_trainer_from_args
 
     from nnunet_dgplugins.system import keep_freed_memory
 
@@ -413,9 +397,7 @@ def command(
         raise click.BadParameter("a number, or all", param_hint="FOLD")
     number = fold if fold == "all" else int(fold)
     with seeded_settings(trainer, seed, budget):
-        built = get_trainer_from_args(
-            dataset, configuration, number, trainer, plans, device=torch.device(device)
-        )  # fmt: skip
+        built = construct(dataset, configuration, number, trainer, plans, torch.device(device))
         train_or_continue(built, budget, seed, epoch_steps, validation_steps)
 
 

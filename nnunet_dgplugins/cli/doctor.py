@@ -19,7 +19,9 @@ from nnunet_dgplugins.cli.options import json_option, print_json, print_rows
 @json_option
 def command(as_json: bool) -> None:
     """Check versions, nnU-Net's folders, the lookup of every trainer, GPU, disk, SAM files; exit code 1 on failure."""
-    checks = [*_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files(), *_second_networks()]
+    checks = [
+        *_versions(), *_folders(), *_lookup(), *_accelerator(), *_sam_files(), *_second_networks(), *_loggers(),
+    ]  # fmt: skip
     good = all(check["state"] != "failed" for check in checks)
     if as_json:
         print_json({"good": good, "checks": checks})
@@ -121,6 +123,26 @@ def _sam_files() -> list[dict[str, Any]]:
             checks.append(_check(model.name, "failed", f"{model.file} is missing", "install nnunet_dgplugins again"))
         else:
             checks.append(_check(model.name, "note", "no file", f"{model.url} -> {VARIABLE}"))
+    return checks
+
+
+def _loggers() -> list[dict[str, Any]]:
+    """Say which loggers are on, and whether a training could begin with them."""
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.trainers import loggers
+
+    wandb = os.environ.get("nnUNet_wandb_enabled") in ("1", "True", "true")  # noqa: SIM112 - nnU-Net's own words
+    on = [*loggers.named(), *["wandb"] * wandb]
+    checks = []
+    for name, install in {"wandb": "pip install wandb", **loggers.INSTALL}.items():
+        there = loggers.is_installed(name)
+        state = "note" if name not in on else "good" if there else "failed"
+        found = f"{'on' if name in on else 'off'}, {'installed' if there else 'not installed'}"
+        checks.append(_check(f"logger {name}", state, found, "" if there else install))
+    try:
+        loggers.asked()
+    except UserError as error:
+        checks.append(_check(loggers.VARIABLE, "failed", str(error)))
     return checks
 
 

@@ -20,6 +20,7 @@ from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.errors import UnsupportedFeature, UserError
 from nnunet_dgplugins.files import RESULTS, read_json, replacing
 from nnunet_dgplugins.system import keep_freed_memory
+from nnunet_dgplugins.trainers import loggers
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
@@ -53,6 +54,7 @@ class DGTrainer(nnUNetTrainer):
         folder = _model_folder(type(self).__name__, plans, configuration)
         resolved = self._resolve_settings(plans, configuration, folder, dataset_json)
         folds.check_fold(plans["dataset_name"], fold)
+        loggers.asked()
         self.require_inputs(plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = resolved
@@ -186,10 +188,12 @@ class DGTrainer(nnUNetTrainer):
         for half_written in Path(self.output_folder).glob(".tmp-*"):  # by a process that was killed while saving
             half_written.unlink(missing_ok=True)
         super().on_train_start()
+        loggers.attach(self, settings.to_dict(self.settings))
 
     def on_train_end(self) -> None:
         """Write the final checkpoint and stop the loaders of ours."""
         super().on_train_end()
+        loggers.finish(self)
         for loader in (self.dataloader_train, self.dataloader_val):
             if hasattr(loader, "close"):
                 loader.close()
@@ -201,6 +205,12 @@ class DGTrainer(nnUNetTrainer):
             if hasattr(loader, "start_epoch"):
                 loader.start_epoch(self.current_epoch)
         super().on_train_epoch_start()
+
+    def log_beside(self, values: dict[str, float]) -> None:
+        """Hand this epoch's values of a method's own to W&B, TensorBoard and MLflow; nnU-Net's own curves are fixed."""
+        for logger in self.logger.loggers:
+            for key, value in values.items():
+                logger.log(key, value, self.current_epoch)
 
     def on_epoch_start(self) -> None:
         """Remember when the epoch began, for the ETA."""

@@ -65,6 +65,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         return
     means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
     values = list(deployed.values())
+    trainer.logger.log_summary("final_val/foreground_dice", float(np.mean(values)))
     write_json(folder / FILE, {"threshold": threshold, "cases": scores, "mean": means})
     trainer.print_to_log_file(
         f"Dice per volume at threshold {threshold:g}: {np.mean(values):.4f} ± {np.std(values):.4f} over "

@@ -180,6 +180,7 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         loss = sum(output["loss"] * output["count"] for output in val_outputs) / count
         self.logger.log("val_losses", loss, self.current_epoch)
         self.print_to_log_file(f"Tags of validation patches: exact match {exact:.4f}, Jaccard {jaccard:.4f}")
+        self.log_beside({"tags_exact_match": exact})
 
 
 class DCAMTrainer(TaggedPatchTrainer):

@@ -344,6 +344,7 @@ class EPLTrainer(DGTrainer):
             float(np.mean([output[name] for output in train_outputs])) for name in ("supervised", "confidence")
         )
         self.print_to_log_file(f"supervised loss {supervised:.4f}, mean confidence {confidence:.4f}")
+        self.log_beside({"supervised_losses": supervised, "mean_confidence": confidence})
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -248,6 +248,7 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
         super().on_train_epoch_end(train_outputs)
         means = {name: float(np.mean([output[name] for output in train_outputs])) for name in _TERMS}
         self.print_to_log_file(", ".join(f"{name} {value:.3g}" for name, value in means.items()))
+        self.log_beside(means)
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log the accuracy of the tags where nnU-Net keeps its pseudo Dice, which decides about checkpoint_best."""

@@ -203,6 +203,7 @@ class TaggedPatchTrainer(DGTrainer):
         if matrices:
             found = dataset_scores(np.sum(matrices, 0))
             write_json(folder / SCORES, {"cases": len(matrices), **described(found, labels, self.dataset_json)})
+            self.logger.log_summary("final_val/mean_iou", float(found.miou))
             self.print_to_log_file(f"{len(matrices)} validation patches with masks: {said(found)}")
         else:
             self.print_to_log_file("Validation patches predicted; no masks of them are known, so no scores.")

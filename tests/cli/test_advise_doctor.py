@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,35 @@ def test_doctor_fails_where_the_shipped_file_is_missing(tmp_path: Path, monkeypa
     monkeypatch.setattr(models, "_PACKAGE", tmp_path)
     row = _sam_rows()["vit_tiny"]
     assert (row["state"], row["fix"]) == ("failed", "install nnunet_dgplugins again")
+
+
+@pytest.fixture
+def logger_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, str]]]:
+    """State and finding of the loggers' rows, with some variables set and some packages installed."""
+    from nnunet_dgplugins.cli import doctor
+    from nnunet_dgplugins.trainers import loggers
+
+    def rows(installed: str, **variables: str) -> dict[str, tuple[str, str]]:
+        monkeypatch.setattr(loggers, "is_installed", lambda package: package in installed.split())
+        for name in ("nnUNet_wandb_enabled", "DGPLUGINS_LOGGERS", "MLFLOW_TRACKING_URI"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return {check["what"]: (check["state"], check["found"]) for check in doctor._loggers()}
+
+    return rows
+
+
+def test_doctor_says_which_loggers_are_on_and_what_they_lack(logger_rows: Callable[..., dict[str, tuple[str, str]]]):
+    assert logger_rows("tensorboard") == {
+        "logger wandb": ("note", "off, not installed"),
+        "logger tensorboard": ("note", "off, installed"),
+        "logger mlflow": ("note", "off, not installed"),
+    }
+    rows = logger_rows("tensorboard", nnUNet_wandb_enabled="1", DGPLUGINS_LOGGERS="tensorboard, MLflow")
+    assert rows["logger wandb"] == ("failed", "on, not installed")
+    assert rows["logger tensorboard"] == ("good", "on, installed")
+    assert rows["logger mlflow"] == ("failed", "on, not installed")
+    assert logger_rows("mlflow", DGPLUGINS_LOGGERS="mlflow")["DGPLUGINS_LOGGERS"][0] == "failed"  # no address
+    assert "DGPLUGINS_LOGGERS" not in logger_rows("mlflow", DGPLUGINS_LOGGERS="mlflow", MLFLOW_TRACKING_URI="http://x")
+    assert "no logger 'comet'" in logger_rows("", DGPLUGINS_LOGGERS="comet")["DGPLUGINS_LOGGERS"][1]

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recorders
 import torch
 from conftest import PATCHES, SEMI, TAGGED, World
-from resuming import assert_same, checkpoint
+from resuming import assert_same, checkpoint, resume
 from stages import after_its_stage, elsewhere
 from tiny_dataset import Recipe
 
 from nnunet_dgplugins.errors import UnsupportedFeature
 from nnunet_dgplugins.registry import TRAINERS
+from nnunet_dgplugins.settings import to_dict
 
 RECIPES = {"DeSAM": Recipe(), "EPL": SEMI, "Equivariant": TAGGED, "D-CAM": PATCHES, "SAM-SDG": Recipe()}
 pytestmark = pytest.mark.parametrize("trainer", list(TRAINERS))
@@ -74,6 +76,26 @@ def test_continuing_finishes_the_missing_epochs(ready: World, trainer: str):
     ready.command(trainer, continue_training=True)
     assert checkpoint(ready, trainer)["current_epoch"] == 2
     assert len(checkpoint(ready, trainer)["logging"]["train_losses"]) == 2
+
+
+def test_every_logger_has_one_value_per_epoch_and_key_also_after_a_stop(
+    ready: World, trainer: str, monkeypatch: pytest.MonkeyPatch
+):
+    wandb, mlflow = recorders.switch_on(monkeypatch)
+    ready.settings(epochs=2)
+    built = ready.construct(trainer)
+    recorders.kill_while_saving(built, "final")
+    with pytest.raises(KeyboardInterrupt):
+        built.run_training()
+    chosen = to_dict(resume(ready, trainer).settings)
+    fold = ready.model(trainer) / "fold_0"
+    logging = checkpoint(ready, trainer)["logging"]
+    recorders.assert_all_hold(wandb, mlflow, fold, logging, recorders.BESIDE.get(trainer, set()))
+    assert wandb.runs[0].config["settings"] == mlflow.runs["run0"].params == chosen
+    told = recorders.hyperparameters(fold)
+    assert told.keys() == chosen.keys()
+    assert (told["epochs"], told["initial_lr"]) == (2, chosen["initial_lr"])
+    assert mlflow.runs["run0"].status == "FINISHED"
 
 
 def test_no_checkpoint_is_written_when_checkpointing_is_disabled(ready: World, trainer: str):
