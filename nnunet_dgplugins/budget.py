@@ -61,13 +61,21 @@ class Budget:
         if len(given) != 1 or given[0] <= 0:
             raise UserError("A budget is exactly one of minutes, epochs and iterations, above 0.")
 
-    def part(self, share: float) -> Budget:
-        """Return a share of it; of steps and epochs one at least."""
-        return Budget(
-            None if self.minutes is None else self.minutes * share,
-            None if self.epochs is None else max(1, round(self.epochs * share)),
-            None if self.iterations is None else max(1, round(self.iterations * share)),
-        )
+    def split(self, share: float) -> tuple[Budget, Budget]:
+        """Return a share of it and the rest; of steps and epochs one at least each.
+
+        Raises:
+            UserError: there is one step or epoch alone.
+        """
+        if self.minutes:
+            return Budget(minutes=self.minutes * share), Budget(minutes=self.minutes * (1 - share))
+        whole = self.epochs or self.iterations or 0
+        if whole < 2:
+            raise UserError(f"A budget of {' '.join(self.words())} cannot be shared by two stages.")
+        first = min(max(round(whole * share), 1), whole - 1)
+        pair = (first, whole - first)
+        earlier, rest = (Budget(epochs=part) if self.epochs else Budget(iterations=part) for part in pair)
+        return earlier, rest
 
     def words(self) -> list[str]:
         """Return the option and its value, as typed."""

@@ -19,6 +19,8 @@ RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_result
 VALIDATION_MASKS = "labelsVal"
 #: in a fold of a trainer of tags; not nnU-Net's "validation": find_best_configuration would score against labelsTr
 CAM_VALIDATION = "validation_cam"
+#: in a raw dataset of pseudo labels: a page of examples
+PANELS = "pseudo_labels.png"
 
 
 @contextmanager

@@ -40,9 +40,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     "--equivariance", is_flag=True, help="How far --model's maps move with their images; takes no predictions."
 )
 @click.option("--model", type=_FOLDER, help="Trained model folder: ask for its doubt, keep the answer.")
-@click.option(
-    "--images", type=_FOLDER, help="Images of the predictions, for --model; default: imagesTs of the dataset."
-)
+@click.option("--images", type=_FOLDER, help="Images of the predictions, for --model and pictures; default: imagesTs.")
 @click.option("-f", "fold", default="0", show_default=True, help="Fold of --model, a number or all.")
 @click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of --model.")
 @click.option("--device", help="Where --model runs. Default: cuda if there is one.")
@@ -95,8 +93,13 @@ def command(
         raise click.UsageError("Missing argument 'PREDICTIONS'.")
     if no_labels and (csv_file or overlays or html_file or protocol != "standard"):
         raise click.UsageError("--no-labels gives a ranking only: leave out --csv, --html, --overlays and --protocol.")
-    if images and not model:
-        raise click.UsageError("--images is for --model: give the model folder too.")
+    if images and not (model or overlays or html_file):
+        raise click.UsageError("--images is for --model, --overlays and --html: give one of them too.")
+    if html_file:
+        from nnunet_dgplugins.evaluation.report.page import beside
+
+        if csv_file and csv_file in beside(html_file):
+            raise click.UsageError(f"--html writes {csv_file} too, one value a line: leave out --csv.")
     data = Dataset.load(dataset)
     if model:
         import contextlib
@@ -122,7 +125,7 @@ def command(
         from nnunet_dgplugins.evaluation.report.content import from_evaluations
         from nnunet_dgplugins.evaluation.report.page import write_report
 
-        written = write_report(from_evaluations({predictions.name: result}, images=images), html_file)
+        written = write_report(from_evaluations({predictions.resolve().name: result}, images=images), html_file)
         click.echo("\n".join(map(str, written)), err=True)
 
 

@@ -23,6 +23,11 @@ import click
     "--protocol", type=click.Choice(["standard", "desam", "samsdg", "dcam"]), default="standard", show_default=True,
     help="Whose definition of the numbers, for PREDICTIONS; a study has its own.",
 )  # fmt: skip
+@click.option(
+    "--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Images of PREDICTIONS; default: imagesTs, then imagesTr of the dataset.",
+)  # fmt: skip
+@click.option("--partial", "partial_folder", is_flag=True, help="Take the cases that have prediction and label.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
 def command(
     what: str,
@@ -31,6 +36,8 @@ def command(
     baseline: str | None,
     labels: Path | None,
     protocol: str,
+    images: Path | None,
+    partial_folder: bool,
     jobs: int,
 ) -> None:
     """Write one HTML page that compares methods, and its numbers as CSV and JSON.
@@ -44,16 +51,17 @@ def command(
     from nnunet_dgplugins.evaluation.report.page import write_report
 
     if not predictions:
-        if labels or protocol != "standard":
-            raise click.UsageError("--labels and --protocol are for PREDICTIONS; a study has its own.")
+        if labels or images or partial_folder or protocol != "standard":
+            raise click.UsageError("--labels, --images, --partial and --protocol are for PREDICTIONS.")
         if not Path(what).is_dir():
             raise UserError(f"{what}: no such folder of a study. For predictions, name them: {what} stock=FOLDER ...")
         from nnunet_dgplugins.study.report import read_study_results
+        from nnunet_dgplugins.study.results import FILE
 
         found = read_study_results(Path(what))
-        if baseline is not None:
-            found = replace(found, baseline=baseline)
         out = out or Path(what) / "report.html"
+        if out.with_suffix("") == Path(what) / Path(FILE).stem:
+            raise UserError(f"{out}: its numbers would overwrite the study's own. Choose another name.")
     else:
         from nnunet_dgplugins.evaluation.evaluate import Dataset, evaluate
         from nnunet_dgplugins.evaluation.report.content import from_evaluations
@@ -61,12 +69,15 @@ def command(
         folders = _named(predictions)
         data = Dataset.load(what)
         results = {
-            name: evaluate(data, folder, labels, protocol=protocol, jobs=jobs) for name, folder in folders.items()
+            name: evaluate(data, folder, labels, protocol=protocol, partial_folder=partial_folder, jobs=jobs)
+            for name, folder in folders.items()
         }
-        found = from_evaluations(results, baseline or next(iter(folders)))
+        found = from_evaluations(results, next(iter(folders)), images)
         out = out or Path("report.html")
-    if found.baseline is not None and found.baseline not in found.methods:
-        raise UserError(f"No method '{found.baseline}'{nearest(found.baseline, found.methods)}")
+    if baseline is not None:
+        if baseline not in found.methods:
+            raise UserError(f"No method '{baseline}'{nearest(baseline, found.methods)}")
+        found = replace(found, baseline=baseline)
     for path in write_report(found, out):
         click.echo(f"{path}")
 
@@ -77,7 +88,7 @@ def _named(predictions: tuple[str, ...]) -> dict[str, Path]:
     for item in predictions:
         name, equals, folder = item.partition("=")
         path = Path(folder if equals else item)
-        name = name if equals else path.name
+        name = name if equals else path.resolve().name
         if not path.is_dir():
             raise click.BadParameter(f"{path}: no such folder", param_hint="PREDICTIONS")
         if name in found:

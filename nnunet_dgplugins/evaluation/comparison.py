@@ -6,7 +6,7 @@ several folders of predictions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nnunet_dgplugins.evaluation import dcam_protocol
@@ -22,6 +22,39 @@ TABLE_METRICS = {"standard": "dice", "desam": "dice_desam", "samsdg": "dice_sams
 TIE = 0.005  # two numbers of a case closer than this are a tie
 _RESAMPLES = 2000
 _GROUP = ["dataset", "ratio", "source"]
+
+
+def told_apart(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the table with another target name for the source's own cases where unseen cases have the same site."""
+    unseen = set(table.loc[table["split"] == UNSEEN, "target"])
+    both = (table["split"] != UNSEEN) & table["target"].isin(unseen)
+    return table.assign(target=table["target"].where(~both, table["target"] + " (" + table["split"] + ")"))
+
+
+def cell(values: pandas.DataFrame, target: str) -> str:
+    """Return one cell of a matrix as text: mean ± standard deviation over seeds, the source's own cases in brackets.
+
+    Args:
+        values: lines of :func:`matrix` of one source and method, indexed by target.
+        target: a site or average.
+    """
+    if target not in values.index:
+        return "-"
+    row = values.loc[target]
+    text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
+    return text if row["split"] == UNSEEN else f"({text})"
+
+
+def gain_text(row: Mapping[str, Any]) -> str:
+    """Return a line of :func:`differences` as text; without the interval where patients are not known."""
+    text = f"{row['difference']:+.3f}"
+    return text if row["low"] != row["low"] else f"{text} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
+def records(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as plain JSON values; what is not defined is null."""
+    clean = table.astype(object).where(table.notna(), None)
+    return [dict(row) for row in clean.to_dict("records")]
 
 
 def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
@@ -108,7 +141,7 @@ def _gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> 
     both = table[(table["metric"] == metric) & table["method"].isin([method, baseline])]
     wide = both.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean().unstack("method")
     if not {method, baseline} <= set(wide.columns):
-        return pandas.Series(dtype=float)
+        return pandas.Series(dtype=float, index=pandas.MultiIndex.from_arrays([[], [], []], names=one))
     return (wide[method] - wide[baseline]).dropna().groupby(level=one, dropna=False, sort=False).mean()
 
 
@@ -140,9 +173,15 @@ def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: st
 
 
 def interval(gain: pandas.Series) -> dict[str, float]:
-    """Return the mean over sites of the mean gain, with its interval; ``gain`` is indexed by target, patient, case."""
+    """Return the mean over sites of the mean gain, with its interval; ``gain`` is indexed by target, patient, case.
+
+    Where no patient is known (canvases of protocol ``samsdg``, in which patients meet), the interval is NaN.
+    """
     import numpy as np
 
+    if gain.index.get_level_values("patient").isna().any() or not len(gain):
+        sites_alone = gain.groupby(level="target").mean()
+        return {"difference": float(sites_alone.mean()), "low": float("nan"), "high": float("nan")}
     random = np.random.default_rng(0)
     drawn = np.zeros(_RESAMPLES)
     middle = []
@@ -174,7 +213,7 @@ def paired_tests(table: pandas.DataFrame, baseline: str, metric: str = "dice") -
         own = []
         for method in methods:
             gain = _gains(part, method, baseline, metric).groupby(level=["target", "patient"], sort=False).mean()
-            if len(gain):
+            if len(gain):  # patients that are known
                 p = float(wilcoxon(gain).pvalue) if gain.any() else 1.0
                 own.append({**where, "method": method, "patients": len(gain), "p": p})
         rows += [{**row, "p_holm": p} for row, p in zip(own, holm([row["p"] for row in own]), strict=True)]
@@ -230,6 +269,8 @@ def intervals(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame
         parts = [(str(target), own) for target, own in means.groupby(level="target", sort=True)]
         for target, own in [*parts, (UNSEEN_AVERAGES[0], means)]:
             found = interval(own)
+            if found["low"] != found["low"]:
+                continue
             rows.append({**where, "target": target, "low": found["low"], "high": found["high"], "cases": len(own)})
     return pandas.DataFrame(rows, columns=[*_GROUP, "method", "target", "low", "high", "cases"])
 

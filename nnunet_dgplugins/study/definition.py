@@ -110,7 +110,8 @@ class Method:
         """Return what one of its stages gets of the study's budget."""
         if not self.earlier_share:
             return whole
-        return whole.part(1 - self.earlier_share if trainer == self.trainer else self.earlier_share)
+        earlier, rest = whole.split(self.earlier_share)
+        return rest if trainer == self.trainer else earlier
 
     @property
     def smaller(self) -> tuple[str, ...]:
@@ -124,6 +125,11 @@ class Method:
         """Whether it trains nnU-Net's planned network, which may be made smaller."""
         own = TRAINERS.get(self.trainer)
         return own is None or own.planned or self.settings.get("network") == "planned"
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is given what no user has: masks of a dataset of tags, or of the unseen cases."""
+        return self.masks or self.settings.get("boxes") == "masks"
 
     @property
     def reads_tags(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,8 @@ from nnunet_dgplugins.budget import CURVES, TRAINING
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import COLUMNS
 from nnunet_dgplugins.evaluation.report.content import Costs, Entry, Published, Report
-from nnunet_dgplugins.files import read_json
-
-RESULTS_FILE = "results.json"
-_FORMAT = 2
-_PANELS = "pseudo_labels.png"
+from nnunet_dgplugins.files import PANELS, read_json
+from nnunet_dgplugins.study.results import FILE, FORMAT
 
 
 def read_study_results(out: Path) -> Report:
@@ -29,10 +26,12 @@ def read_study_results(out: Path) -> Report:
     """
     import pandas
 
-    content = read_json(out / RESULTS_FILE)
-    if content.get("format") != _FORMAT:
+    if not (out / FILE).is_file():
+        raise UserError(f"{out}: no {FILE} in it. It is no folder of a study, or nothing has been evaluated there yet.")
+    content = read_json(out / FILE)
+    if content.get("format") != FORMAT:
         raise UserError(
-            f"{out / RESULTS_FILE}: format {content.get('format')}, this version reads {_FORMAT}. Run the study again "
+            f"{out / FILE}: format {content.get('format')}, this version reads {FORMAT}. Run the study again "
             "(finished tasks are kept), it writes the file anew."
         )
     table = pandas.DataFrame(content["values"], columns=[*COLUMNS, "split"])
@@ -43,7 +42,8 @@ def read_study_results(out: Path) -> Report:
         protocol=content["protocol"],
         entries=entries,
         metric=content["metric"],
-        baseline=content["baseline"],
+        baseline=baseline if (baseline := content["baseline"]) in set(table["method"]) else None,
+        bounds=sorted({run["method"] for run in content["runs"] if run["bound"]}),
         collections=content["datasets"],
         budget=" ".join(reversed(content["budget"])).replace("--", ""),
         published=[Published(**row) for row in content["published"]],
@@ -51,19 +51,19 @@ def read_study_results(out: Path) -> Report:
 
 
 def _entry(run: Mapping[str, Any], out: Path) -> Entry:
-    fold, raw = out / run["fold"], out / run["raw"]
+    folds, raw = [out / fold for fold in run["folds"]], out / run["raw"]
     predictions = out / run["predictions"]
-    seconds = run["seconds"]
-    took, curves = _training(fold)
+    stages = [_training(fold) for fold in folds]
+    took = [values for values, _ in stages]
     costs = Costs(
-        minutes=took.get("minutes"),
-        prediction_seconds=seconds.get("predict"),
-        memory=took.get("peak_memory_bytes"),
-        gpu_memory=took.get("peak_gpu_memory_bytes"),
-        disk=sum(path.stat().st_size for path in fold.rglob("*") if path.is_file()) if fold.is_dir() else None,
+        minutes=_of_all(sum, [values.get("minutes") for values in took]),
+        prediction_seconds=run["seconds"].get("predict"),
+        memory=_of_all(max, [values.get("peak_memory_bytes") for values in took]),
+        gpu_memory=_of_all(max, [values.get("peak_gpu_memory_bytes") for values in took]),
+        disk=sum(path.stat().st_size for fold in folds for path in fold.rglob("*") if path.is_file()),
     )
     description = raw / "dataset.json"
-    panels = raw / _PANELS
+    panels = raw / PANELS
     return Entry(
         method=run["method"],
         dataset=run["dataset"],
@@ -75,10 +75,16 @@ def _entry(run: Mapping[str, Any], out: Path) -> Entry:
         images=[raw / "imagesTs"],
         file_ending=read_json(description)["file_ending"] if description.is_file() else "",
         panels=panels if panels.is_file() else None,
-        curves=curves,
-        settings=_settings(fold.parent),
+        curves=stages[-1][1] if stages else {},
+        settings=_settings(folds[-1].parent) if folds else {},
         costs=costs,
     )
+
+
+def _of_all(take: Callable[[list[float]], float], values: list[float | None]) -> float | None:
+    """Return the sum or highest of what every stage knows, None where one does not."""
+    known = [value for value in values if value is not None]
+    return take(known) if known and len(known) == len(values) else None
 
 
 def _training(fold: Path) -> tuple[Mapping[str, Any], Mapping[str, list[float]]]:
@@ -103,6 +109,5 @@ def _settings(model: Path) -> Mapping[str, Any]:
     plans = model / "plans.json"
     if not plans.is_file():
         return {}
-    block = read_json(plans)["configurations"].get(configuration, {}).get(settings.KEY, {})
-    found: Mapping[str, Any] = block.get(trainer, {})
+    found: Mapping[str, Any] = settings.configuration_block(read_json(plans), configuration, trainer) or {}
     return found

@@ -16,8 +16,12 @@ from nnunet_dgplugins.evaluation.comparison import (
     UNSEEN,
     UNSEEN_AVERAGES,
     VALIDATION,
+    cell,
     differences,
+    gain_text,
     matrix,
+    records,
+    told_apart,
 )
 from nnunet_dgplugins.files import read_json, write_bytes, write_json
 from nnunet_dgplugins.study.beside import AVERAGES, published_rows
@@ -27,6 +31,8 @@ from nnunet_dgplugins.study.tasks import Run, Task
 
 if TYPE_CHECKING:
     import pandas
+
+FILE, FORMAT = "results.json", 2
 
 
 def collect(tasks: Sequence[Task]) -> pandas.DataFrame:
@@ -42,7 +48,7 @@ def collect(tasks: Sequence[Task]) -> pandas.DataFrame:
     parts = [part for run in runs.values() for part in _values(run)]
     if not parts:
         return pandas.DataFrame(columns=[*COLUMNS, "split"])
-    return pandas.concat(parts, ignore_index=True)[[*COLUMNS, "split"]]
+    return told_apart(pandas.concat(parts, ignore_index=True)[[*COLUMNS, "split"]])
 
 
 def _values(run: Run) -> list[pandas.DataFrame]:
@@ -102,7 +108,7 @@ def printed(table: pandas.DataFrame, study: Study, metric: str | None = None) ->
         shown = Printed(_title(data, ratio), heading, [], [], brackets)
         for source, own in part.groupby("source", sort=False):
             for method, values in own.groupby("method", sort=False):
-                row = [str(source), str(method), *(_cell(values.set_index("target"), target) for target in targets)]
+                row = [str(source), str(method), *(cell(values.set_index("target"), target) for target in targets)]
                 shown.rows.append(row + ([_gain(gains, dataset, ratio, source, method)] if gains is not None else []))
             rows, notes = published_rows(study, data, str(source)) if metric == study.metric else ({}, [])
             for title, numbers in rows.items():
@@ -124,21 +130,12 @@ def _title(data: Data, ratio: Any) -> str:
     return ", ".join(parts)
 
 
-def _cell(values: pandas.DataFrame, target: str) -> str:
-    if target not in values.index:
-        return "-"
-    row = values.loc[target]
-    text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
-    return text if row["split"] == UNSEEN else f"({text})"
-
-
 def _gain(gains: pandas.DataFrame, dataset: str, ratio: Any, source: str, method: str) -> str:
     own = gains[(gains["dataset"] == dataset) & (gains["source"] == source) & (gains["method"] == method)]
     own = own[own["ratio"].isna() if ratio is None or ratio != ratio else own["ratio"] == ratio]
     if own.empty:
         return "-"
-    row = own.iloc[0]
-    return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return gain_text(own.iloc[0].to_dict())
 
 
 def markdown(table: pandas.DataFrame, study: Study, metric: str | None = None) -> str:
@@ -158,20 +155,20 @@ def write_results(tasks: Sequence[Task], study: Study, out: Path) -> pandas.Data
     write_bytes(out / "results.csv", table.to_csv(index=False, lineterminator="\n").encode())
     if len(table):
         content = {
-            "format": 2,
+            "format": FORMAT,
             "study": study.name,
             "budget": study.budget.words(),
             "protocol": study.protocol,
             "metric": study.metric,
             "baseline": study.baseline,
             "datasets": {data.name: _title(data, None) for data in study.datasets},
-            "matrix": _records(matrix(table, study.metric)),
-            "differences": _records(differences(table, study.baseline, study.metric)) if study.baseline else [],
+            "matrix": records(matrix(table, study.metric)),
+            "differences": records(differences(table, study.baseline, study.metric)) if study.baseline else [],
             "published": [entry for data in study.datasets for entry in _published(study, data)],
             "runs": _runs(tasks, out),
-            "values": _records(table),
+            "values": records(table),
         }
-        write_json(out / "results.json", content)
+        write_json(out / FILE, content)
         write_bytes(out / "results.md", markdown(table, study).encode())
     return table
 
@@ -195,14 +192,9 @@ def _runs(tasks: Sequence[Task], out: Path) -> list[dict[str, Any]]:
             kinds[kind] = kinds.get(kind, 0.0) + spent
     found = []
     for run in {task.run.folder: task.run for task in tasks if task.run and task.run.folder in seconds}.values():
-        places = {"fold": run.fold, "predictions": run.predictions, "raw": run.raw}
-        paths = {name: os.path.relpath(path, out) for name, path in places.items() if path}
+        places = {"predictions": run.predictions, "raw": run.raw}
+        paths: dict[str, Any] = {name: os.path.relpath(path, out) for name, path in places.items() if path}
+        paths["folds"] = [os.path.relpath(path, out) for path in run.stages]
         named = {"method": run.method, "dataset": run.dataset, "source": run.source, "ratio": run.ratio}
-        found.append({**named, "seed": run.seed, **paths, "seconds": seconds[run.folder]})
+        found.append({**named, "seed": run.seed, "bound": run.bound, **paths, "seconds": seconds[run.folder]})
     return found
-
-
-def _records(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Return rows as plain JSON values; what is not defined is null."""
-    clean = table.astype(object).where(table.notna(), None)
-    return [dict(row) for row in clean.to_dict("records")]

@@ -51,7 +51,8 @@ class Run:
         seed: of everything random.
         folder: receives ``source.csv`` and ``unseen.csv`` of ``dgplugins evaluate``.
         folds: the dataset's folds, which say whether its validation cases are training cases.
-        fold: folder of the trained fold.
+        stages: folders of the trained folds, one per stage, the method's own last.
+        bound: whether it has seen what no user has: a bound, no competitor.
         predictions: folder of the predicted unseen cases.
         raw: the dataset it was trained on.
     """
@@ -63,7 +64,8 @@ class Run:
     seed: int
     folder: Path
     folds: Path | None = None
-    fold: Path | None = None
+    stages: tuple[Path, ...] = ()
+    bound: bool = False
     predictions: Path | None = None
     raw: Path | None = None
 
@@ -270,8 +272,11 @@ class _Variant:
         raw = self.all.folder / RAW / dataset
         model = folder / RESULTS / dataset / f"{method.trainer}__{plans}__{configuration}"
         predictions = folder / f"predictions{way}"
+        stages = tuple(
+            model.parent / f"{trainer}__{plans}__{configuration}" / "fold_0" for trainer in _stages(method.trainer)
+        )
         run = Run(
-            method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS, model / "fold_0",
+            method.name, self.all.data.name, self.source, self.ratio, seed, values, raw / SPLITS, stages, method.bound,
             predictions, raw,
         )  # fmt: skip
         own = {**_TRAINING, RESULTS: str(folder / RESULTS)}

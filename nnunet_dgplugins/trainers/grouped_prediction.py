@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_dgplugins.content import content_box
 from nnunet_dgplugins.errors import BadInput, Problem, UserError
+from nnunet_dgplugins.evaluation.evaluate import Classes
+from nnunet_dgplugins.evaluation.label_maps import LabelMap, read_label_map
 from nnunet_dgplugins.files import read_json, replacing, write_json
 from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
 from nnunet_dgplugins.sam.preprocess import resize_target
@@ -90,11 +93,8 @@ def predict_folder(
     ending = description["file_ending"]
     pictures = read_json(model_folder / "plans.json")["image_reader_writer"] == _PICTURES
     cases = find_cases(images, ending, 1 if pictures else len(description["channel_names"]))
-    lacking = [masks / f"{case}{ending}" for case in cases if masks and not (masks / f"{case}{ending}").is_file()]
-    if lacking:
-        raise BadInput(
-            "Masks are missing", [Problem(str(path), "no such file", "the case's true mask") for path in lacking]
-        )
+    if masks:
+        _check_masks({case: masks / f"{case}{ending}" for case in cases}, cases, description)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     predictor = FourSlices(device=device, perform_everything_on_device=False, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(os.fspath(model_folder), tuple(folds), checkpoint)
@@ -147,3 +147,34 @@ def find_cases(images: Path, ending: str, files_per_case: int) -> dict[str, list
     if problems:
         raise BadInput("Images do not fit the model", problems)
     return {case: [files[index] for index in range(files_per_case)] for case, files in sorted(found.items())}
+
+
+def _check_masks(masks: Mapping[str, Path], cases: Mapping[str, list[Path]], description: dict[str, Any]) -> None:
+    """Refuse true masks that are missing, lie on another grid than their image, or hold unknown values.
+
+    Raises:
+        BadInput: all of them.
+    """
+    allowed = Classes.from_dataset_json(description).allowed(reference=True)
+    problems = []
+    for case, path in masks.items():
+        if not path.is_file():
+            problems.append(Problem(str(path), "no such file", "the case's true mask"))
+            continue
+        mask, image = read_label_map(path), _grid(cases[case][0])
+        bare = LabelMap(mask.values, image.spacing, image.origin, image.direction)  # PNG: sizes are all there is
+        if difference := (mask if mask.origin else bare).geometry_difference(image):
+            problems.append(Problem(str(path), f"grid differs from the image's: {difference}", "the image's grid"))
+        if unknown := sorted(set(np.unique(mask.values).tolist()) - allowed):
+            problems.append(Problem(str(path), f"unknown values {unknown[:10]}", f"{sorted(allowed)} (dataset.json)"))
+    if problems:
+        raise BadInput("True masks do not fit the images", problems)
+
+
+def _grid(path: Path) -> LabelMap:
+    """Return the grid of an image, without its values."""
+    import SimpleITK
+
+    image = SimpleITK.ReadImage(os.fspath(path))
+    empty = np.broadcast_to(np.uint8(0), image.GetSize()[::-1])
+    return LabelMap(empty, image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection())

@@ -21,6 +21,7 @@ from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.panels import panels_png
 from nnunet_dgplugins.files import (
+    PANELS,
     VALIDATION_MASKS,
     content_hash,
     file_sha256,
@@ -36,7 +37,6 @@ from nnunet_dgplugins.trainers.deployed import rebuild
 from nnunet_dgplugins.trainers.equivariant_labels import EquivariantDrawer
 from nnunet_dgplugins.trainers.label_drawer import LABELS, Choices, Drawer
 
-PAGE = "pseudo_labels.png"
 _SHOWN = 8  # cases on the page
 _DRAWERS: dict[type[torch.nn.Module], type[Drawer]] = {CAMSegmenter: EquivariantDrawer, CAMClassifier: PatchDrawer}
 _TEACHERS = "EquivariantCAMTrainer and DCAMClassifierTrainer"
@@ -109,7 +109,7 @@ def make_pseudo_labels(
         write_json(folder / SPLITS, drawer.folds(listed, cases))
     _describe(drawer, raw, cases, origin, digest, folder)
     shown = sorted({round(i) for i in np.linspace(0, len(cases) - 1, min(_SHOWN, len(cases)))})
-    panels_png((drawer.panel(cases[index], raw, folder) for index in shown), folder / PAGE)
+    panels_png((drawer.panel(cases[index], raw, folder) for index in shown), folder / PANELS)
     staging.finish(folder, final, digest)
     return final
 

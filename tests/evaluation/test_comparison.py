@@ -9,9 +9,14 @@ from scipy.stats import wilcoxon
 
 from nnunet_dgplugins.evaluation.comparison import (
     COLUMNS,
+    cell,
+    differences,
+    gain_text,
     holm,
     intervals,
+    matrix,
     paired_tests,
+    told_apart,
     wins,
 )
 
@@ -69,6 +74,34 @@ def test_an_interval_holds_the_mean_and_widens_with_the_spread_of_patients():
     assert ends["high"] - ends["low"] == pytest.approx(2 * 1.96 * np.std(wide) / 40**0.5, rel=0.25)
     assert ends["high"] - ends["low"] > 5 * np.diff(found.loc[("narrow", "mean unseen"), ["low", "high"]])[0]
     assert found.loc[("stock", "B"), ["low", "high"]].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_source_without_the_baseline_is_left_out_and_no_error():
+    whole = table({"ours": [0.1] * 4})
+    lone = whole[(whole["method"] == "ours")].assign(source="Z")
+    both = pandas.concat([whole, lone], ignore_index=True)
+    for function in (paired_tests, wins, differences):
+        assert set(function(both, "stock")["source"]) == {"A"}
+    assert set(intervals(both)["source"]) == {"A", "Z"}
+
+
+def test_without_known_patients_there_is_a_difference_and_no_interval():
+    canvases = table({"ours": [0.1, 0.3, 0.2, 0.2]}).assign(patient=None)
+    (row,) = differences(canvases, "stock").to_dict("records")
+    assert row["difference"] == pytest.approx(0.2)
+    assert gain_text(row) == "+0.200"
+    assert paired_tests(canvases, "stock").empty
+    assert intervals(canvases).empty
+
+
+def test_own_cases_of_a_site_that_is_unseen_too_are_told_apart():
+    whole = table({"ours": [0.1] * 4})
+    own = whole.assign(split="validation", case=whole["case"] + "_own")
+    apart = told_apart(pandas.concat([whole, own], ignore_index=True))
+    lines = matrix(apart).set_index(["method", "target"])
+    assert cell(lines.loc["ours"], "B") == "0.600 ± 0.014"
+    assert cell(lines.loc["ours"], "B (validation)") == "(0.600 ± 0.014)"
+    assert told_apart(own)["target"].tolist() == own["target"].tolist()
 
 
 def test_numbers_over_pixels_have_no_values_of_patients_to_test():

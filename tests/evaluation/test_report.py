@@ -147,6 +147,26 @@ def test_doubt_comes_first_where_a_model_has_said_it(predictions: tuple[Path, Pa
     assert listed.index("C_3") < listed.index("C_2") < listed.index("A_2")
 
 
+def test_names_that_look_like_formulae_are_names(predictions: tuple[Path, Path], tmp_path: Path):
+    stock, better = predictions
+    text = report(tmp_path / "r.html", "501", f"stock={stock}", f"a$x_{{$b={better}").read_text(encoding="utf-8")
+    assert "a$x_{$b" in text
+
+
+@pytest.mark.parametrize("protocol", ["desam", "samsdg", "dcam"])
+def test_every_protocol_has_a_page_that_claims_no_more_than_it_knows(
+    predictions: tuple[Path, Path], tmp_path: Path, protocol: str
+):
+    stock, better = predictions
+    words = ["501", f"stock={stock}", f"ours={better}", "--protocol", protocol]
+    text = report(tmp_path / "r.html", *words).read_text(encoding="utf-8")
+    assert "Difference to stock" in text
+    assert ("Wilcoxon" in text) == (protocol == "desam")
+    assert ("Intervals are 95" in text) == (protocol == "desam")
+    assert ("IoU over all unseen pixels" in text) == (protocol == "dcam")
+    assert ("mean over all unseen cases as one group" in text) == (protocol == "desam")
+
+
 def test_what_is_no_study_and_names_that_do_not_exist_are_said(predictions: tuple[Path, Path], tmp_path: Path):
     stock, _ = predictions
     with pytest.raises(UserError, match="no such folder of a study"):
@@ -154,6 +174,10 @@ def test_what_is_no_study_and_names_that_do_not_exist_are_said(predictions: tupl
     words = ["report", "501", f"stock={stock}", "--baseline", "stok", "-o", str(tmp_path / "x.html")]
     with pytest.raises(UserError, match="No method 'stok'"):
         CliRunner().invoke(cli, words, catch_exceptions=False)
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        CliRunner().invoke(cli, ["report", "501", str(stock), "-o", str(tmp_path / "x.v1")], catch_exceptions=False)
+    clash = ["evaluate", "501", str(stock), "--csv", str(tmp_path / "x.csv"), "--html", str(tmp_path / "x.html")]
+    assert "leave out --csv" in CliRunner().invoke(cli, clash).output
     twice = CliRunner().invoke(cli, ["report", "501", str(stock), str(stock)])
     assert twice.exit_code == 2
     assert "two are called predictions" in twice.output

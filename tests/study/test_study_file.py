@@ -259,6 +259,12 @@ def test_two_stages_may_share_the_budget_and_slices_a_canvas(tmp_path: Path):
         if name.startswith("train") and name.endswith("RUNMC SAM-SDG seed 0")
     }
     assert minutes == {"train stage 1 RUNMC SAM-SDG seed 0": "0.375", "train RUNMC SAM-SDG seed 0": "1.125"}
+    runs = {task.run.method: task.run for task in tasks.values() if task.run}
+    assert [fold.parent.name.split("__")[0] for fold in runs["SAM-SDG"].stages] == [
+        "SAMSDGCoarseTrainer",
+        "SAMSDGTrainer",
+    ]
+    assert [name for name, run in runs.items() if run.bound] == ["true boxes"]
     plain, bound = (tasks[f"predict RUNMC {name} seed 1"].command for name in ("SAM-SDG", "true boxes"))
     assert plain[:2] == bound[:2] == ("dgplugins", "predict")
     assert "--masks" not in plain

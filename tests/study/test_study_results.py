@@ -127,12 +127,16 @@ def test_a_report_is_made_of_what_is_finished_wherever_the_folder_lies_now(tmp_p
         run = task.run
         assert run
         fold = run.folder / "results" / "Trainer__nnUNetPlans__2d" / "fold_0"
-        placed = replace(run, fold=fold, predictions=run.folder / "predictions", raw=out / "raw")
+        placed = replace(
+            run, stages=(fold.parent.parent / "Earlier" / "fold_0", fold), predictions=run.folder / "predictions",
+            raw=out / "raw", bound=run.method == "ours",
+        )  # fmt: skip
         tasks.append(replace(task, run=placed))
         State(out).set(tasks[-1], "done", 90.0)
         curves = {"train_losses": [1.0, 0.5], "val_losses": [1.1, 0.7], "ema_fg_dice": [0.1, 0.4]}
         memory = {"peak_memory_bytes": 3 << 30, "peak_gpu_memory_bytes": None}
-        write_json(fold / TRAINING, {"minutes": 2.5, **memory, "curves": curves})
+        for stage in placed.stages:
+            write_json(stage / TRAINING, {"minutes": 2.5, **memory, "curves": curves})
         block = {"2d": {"dgplugins": {"Trainer": {"rate": 0.1}}}}
         write_json(fold.parent / "plans.json", {"configurations": block})
     write_results(tasks, STUDY, out)
@@ -141,12 +145,13 @@ def test_a_report_is_made_of_what_is_finished_wherever_the_folder_lies_now(tmp_p
     assert (report.title, report.baseline, report.metric, report.budget) == ("made", "stock", "dice", "1 epochs")
     assert len(report.entries) == 4
     costs = report.entries[0].costs
-    assert (costs.minutes, costs.memory, costs.gpu_memory) == (2.5, 3 << 30, None)
+    assert (costs.minutes, costs.memory, costs.gpu_memory) == (5.0, 3 << 30, None)  # both stages
     assert costs.disk
     assert report.entries[0].settings == {"rate": 0.1}
     page = write_report(report, tmp_path / "report.html")[-1].read_text()
-    for text in ("made images", "Learning curves", "2.5 min", "3.0 GiB", "2/0/0", "+0.200", "0.625 ±", "1 setting"):
+    for text in ("made images", "Learning curves", "5.0 min", "3.0 GiB", "2/0/0", "+0.200", "0.625 ±", "1 setting"):
         assert text in page
+    assert "best mean on unseen sites 0.520 (stock, Dice)" in page  # a bound is never called the best
     content = json.loads((moved / "results.json").read_text())
     (moved / "results.json").write_text(json.dumps({**content, "format": 1}))
     with pytest.raises(UserError, match="Run the study again"):

@@ -338,3 +338,11 @@ def test_every_epoch_says_how_much_is_left(world: World, trainer: str, capsys: p
     assert len(lines) == 2
     expected = ("50 % of the budget", "100 % of the budget") if trainer in STOCK else ("Epoch 1/2", "Epoch 2/2")
     assert all(text in line for text, line in zip(expected, lines, strict=True))
+
+
+def test_two_stages_share_a_budget_without_loss():
+    assert Budget(epochs=5).split(0.5) == (Budget(epochs=2), Budget(epochs=3))
+    assert Budget(iterations=3).split(0.1) == (Budget(iterations=1), Budget(iterations=2))
+    assert Budget(minutes=3.0).split(0.25) == (Budget(minutes=0.75), Budget(minutes=2.25))
+    with pytest.raises(UserError, match="cannot be shared"):
+        Budget(epochs=1).split(0.5)

@@ -17,7 +17,7 @@ from tiny_dataset import Recipe, case_arrays, write_image
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
-from nnunet_dgplugins.trainers.grouped_prediction import find_cases, predict_folder
+from nnunet_dgplugins.trainers.grouped_prediction import FourSlices, find_cases, predict_folder
 
 
 @pytest.fixture
@@ -137,8 +137,42 @@ def test_true_boxes_can_prompt_for_an_upper_bound_and_close_what_has_none(traine
         assert not others.any()  # the truth shows something on one slice only
         assert not np.array_equal(array(image)[1], array(plain[name])[1])
     (masks / "case_6.nii.gz").unlink()
-    with pytest.raises(BadInput, match=r"case_6\.nii\.gz"):
+    sitk.WriteImage(sitk.Image(5, 5, 5, sitk.sitkUInt8) + 9, str(masks / "case_5.nii.gz"))
+    with pytest.raises(BadInput) as error:
         predict_folder(trained.model(SAM), trained.raw / "imagesTs", trained.root / "x", device="cpu", masks=masks)
+    for text in ("case_6.nii.gz", "no such file", "case_5.nii.gz", "grid differs", "unknown values [9]"):
+        assert text in str(error.value)
+    assert not (trained.root / "x").exists()
+
+
+def test_true_boxes_lie_where_training_would_see_them(world: World):
+    """On slices that are not square, with a black border and a field of view wider than they are."""
+    step_one(world, field_of_view="source")
+    world.settings(boxes="masks", field_of_view="source", iterations_per_epoch=1)
+    built = world.train(SAM)
+    network = built.network
+    rows, columns = built.field
+    random = np.random.default_rng(0)
+    slices = torch.zeros(3, 1, rows + 6, columns + 8)
+    slices[:, :, 4 : rows - 2, 3 : columns - 5] = torch.from_numpy(
+        random.uniform(1, 2, (3, 1, rows - 6, columns - 8)).astype(np.float32)
+    )
+    labels = torch.zeros(3, rows + 6, columns + 8, dtype=torch.int16)
+    labels[1, 8:14, 7:10] = 1
+    predictor = world.predictor(world.model(SAM))
+    four = FourSlices(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    four.label_manager = predictor.label_manager
+    found = four._true_boxes(network, slices, labels)
+    assert not found[0].any()
+    assert not found[2].any()
+    # content begins at (4, 3) and is shown in the middle of the field: its margins are (3, 4) pixels
+    tile, scale = network.decoder.tile, (network.decoder.tile / columns, network.decoder.tile / rows)
+    left, top, right, bottom = found[1, 0].tolist()
+    assert left == pytest.approx((7 - 3 + 4) * scale[0], abs=1)
+    assert top == pytest.approx((8 - 4 + 3) * scale[1], abs=1)
+    assert right == pytest.approx((10 - 3 + 4) * scale[0], abs=1.5)
+    assert bottom == pytest.approx((14 - 4 + 3) * scale[1], abs=1.5)
+    assert 0 < left < right < tile
 
 
 def test_other_trainers_are_refused_in_one_sentence(world: World):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_dgplugins.evaluation.comparison import TABLE_METRICS, TRAINING, UNSEEN, VALIDATION
+from nnunet_dgplugins.evaluation.comparison import TABLE_METRICS, TRAINING, UNSEEN, VALIDATION, told_apart
 from nnunet_dgplugins.evaluation.doubt import FILE as DOUBT
 from nnunet_dgplugins.evaluation.evaluate import Evaluation
 from nnunet_dgplugins.evaluation.tables import source_name
@@ -97,6 +97,7 @@ class Report:
         entries: in the order in which methods are shown.
         metric: of the tables and figures.
         baseline: method that the others are compared with; None: no comparison.
+        bounds: methods that were given what no user has; never called the best.
         collections: name of each dataset -> how it is titled, which says where images are made or simulated.
         budget: of each training, in words.
         published: rows of papers.
@@ -109,6 +110,7 @@ class Report:
     entries: Sequence[Entry]
     metric: str
     baseline: str | None = None
+    bounds: Sequence[str] = ()
     collections: Mapping[str, str] = field(default_factory=dict)
     budget: str = ""
     published: Sequence[Published] = ()
@@ -142,13 +144,14 @@ def from_evaluations(
     ]
     notes = list(dict.fromkeys(note for result in results.values() for note in result.notes))
     protocol = first.protocol
-    table = pandas.concat(tables, ignore_index=True)
+    table = told_apart(pandas.concat(tables, ignore_index=True))
     return Report(data.name, table, protocol, entries, TABLE_METRICS[protocol], baseline, notes=notes)
 
 
 def _tidy(result: Evaluation, method: str, source: str) -> pandas.DataFrame:
     table, sources = result.table, result.dataset.table.sources
-    own = result.labels.name == "labelsTr"
-    split = table["site"].map(lambda site: (TRAINING if own else VALIDATION) if site in sources else UNSEEN)
+    # nnU-Net's own validation lies in a folder of that name
+    trained = result.labels.name == "labelsTr" and result.predictions.resolve().name != "validation"
+    split = table["site"].map(lambda site: (TRAINING if trained else VALIDATION) if site in sources else UNSEEN)
     labels = {"method": method, "dataset": result.dataset.name, "source": source, "ratio": None, "seed": 0}
     return table.rename(columns={"site": "target"}).assign(**labels, split=split)

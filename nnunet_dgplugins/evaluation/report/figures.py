@@ -59,10 +59,10 @@ def heat_maps(lines: pandas.DataFrame, higher_is_better: bool = True) -> bytes:
                 seen = own["split"].get((sources[row], targets[column])) != UNSEEN
                 cell.text(column, row, _short(value), ha="center", va="center", fontsize=_TEXT - 1,
                           color="white" if dark else "black", style="italic" if seen else "normal")  # fmt: skip
-        cell.set_title(methods[place], fontsize=_TEXT, loc="left")
-        cell.set_xticks(range(len(targets)), targets, fontsize=_TEXT - 1, rotation=35, ha="right")
+        cell.set_title(methods[place], fontsize=_TEXT, loc="left", parse_math=False)
+        cell.set_xticks(range(len(targets)), targets, fontsize=_TEXT - 1, rotation=35, ha="right", parse_math=False)
         names = sources if place % columns == 0 else [""] * len(sources)
-        cell.set_yticks(range(len(sources)), names, fontsize=_TEXT - 1)
+        cell.set_yticks(range(len(sources)), names, fontsize=_TEXT - 1, parse_math=False)
         cell.tick_params(length=0)
     return _svg(figure)
 
@@ -95,8 +95,8 @@ def boxes(cases: pandas.DataFrame, methods: Sequence[str], metric: str) -> bytes
                 )  # fmt: skip
             places = line + random.uniform(-_SPREAD, _SPREAD, len(values))
             cell.scatter(values, places, s=9, color=colour, marker=marker, alpha=0.65, linewidths=0)
-        cell.set_title(f"{site}, {own['case'].nunique()} cases", fontsize=_TEXT, loc="left")
-        cell.set_yticks(range(len(here)), here, fontsize=_TEXT - 1)
+        cell.set_title(f"{site}, {own['case'].nunique()} cases", fontsize=_TEXT, loc="left", parse_math=False)
+        cell.set_yticks(range(len(here)), here, fontsize=_TEXT - 1, parse_math=False)
         cell.set_ylim(len(here) - 0.5, -0.5)
         cell.tick_params(labelsize=_TEXT - 1)
         cell.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -124,8 +124,8 @@ def curves(entries: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], metho
             for key, line in (("train_losses", "solid"), ("val_losses", (0, (3, 2)))):
                 _line(left, training.get(key, ()), colour, line)
             _line(right, training.get("ema_fg_dice", ()), colour, "solid")
-        left.set_title(f"{name}: loss", fontsize=_TEXT, loc="left")
-        right.set_title("score while training", fontsize=_TEXT, loc="left")
+        left.set_title(f"{name}: loss", fontsize=_TEXT, loc="left", parse_math=False)
+        right.set_title("score while training", fontsize=_TEXT, loc="left", parse_math=False)
         for cell in (left, right):
             cell.tick_params(labelsize=_TEXT - 1)
             cell.grid(color="#e5e5e5", linewidth=0.6)

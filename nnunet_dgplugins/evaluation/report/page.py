@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins import __version__
+from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation import comparison
 from nnunet_dgplugins.evaluation.report.content import Report
 from nnunet_dgplugins.evaluation.report.parts import Section
@@ -29,13 +30,23 @@ def write_report(report: Report, path: Path) -> list[Path]:
 
     Returns:
         The written files, the page last: it is there only when everything is.
+
+    Raises:
+        UserError: the page's name does not end in ``.html``.
     """
-    csv, json_file = path.with_suffix(".csv"), path.with_suffix(".json")
+    csv, json_file = beside(path)
     html = render(report)
     write_bytes(csv, report.table.to_csv(index=False, lineterminator="\n").encode())
     write_json(json_file, to_json(report))
     write_bytes(path, html.encode())
     return [csv, json_file, path]
+
+
+def beside(path: Path) -> tuple[Path, Path]:
+    """Return the files that a page's numbers go to."""
+    if path.suffix != ".html":
+        raise UserError(f"{path}: a page's name ends in .html.")
+    return path.with_suffix(".csv"), path.with_suffix(".json")
 
 
 def render(report: Report) -> str:
@@ -46,8 +57,8 @@ def render(report: Report) -> str:
     sections = [*results(report), *views(report), *background(report), _made_with()]
     shown = [section for section in sections if section.texts or section.blocks]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_beside("page.html.j2"))
-    style = Markup(_beside("style.css"))  # ours, not a user's
+    template = environment.from_string(_resource("page.html.j2"))
+    style = Markup(_resource("style.css"))  # ours, not a user's
     return template.render(title=report.title, lead=lead(report), sections=shown, style=style) + "\n"
 
 
@@ -55,7 +66,7 @@ def to_json(report: Report) -> dict[str, Any]:
     """Return the numbers of the page as plain JSON values; what is not defined is null."""
     table, metric, baseline = report.table, report.metric, report.baseline
     against = {
-        name: _records(function(table, baseline, metric)) if baseline else []
+        name: comparison.records(function(table, baseline, metric)) if baseline else []
         for name, function in (
             ("differences", comparison.differences),
             ("tests", comparison.paired_tests),
@@ -69,8 +80,9 @@ def to_json(report: Report) -> dict[str, Any]:
         "metric": metric,
         "baseline": baseline,
         "budget": report.budget,
-        "matrix": _records(comparison.matrix(table, metric)),
-        "intervals": _records(comparison.intervals(table, metric)),
+        "bounds": list(report.bounds),
+        "matrix": comparison.records(comparison.matrix(table, metric)),
+        "intervals": comparison.records(comparison.intervals(table, metric)),
         **against,
     }
 
@@ -91,10 +103,5 @@ def _made_with() -> Section:
     return Section("versions", "Versions", [f"This page was made with {text}."])
 
 
-def _beside(name: str) -> str:
+def _resource(name: str) -> str:
     return (files("nnunet_dgplugins.evaluation.report") / name).read_text(encoding="utf-8")
-
-
-def _records(table: Any) -> list[dict[str, Any]]:
-    clean = table.astype(object).where(table.notna(), None)
-    return [dict(row) for row in clean.to_dict("records")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nnunet_dgplugins.evaluation import comparison
+from nnunet_dgplugins.evaluation import comparison, dcam_protocol
 from nnunet_dgplugins.evaluation.comparison import TRAINING, UNSEEN, UNSEEN_AVERAGES
 from nnunet_dgplugins.evaluation.evaluate import PROTOCOLS
 from nnunet_dgplugins.evaluation.metrics import Metric
@@ -17,11 +17,10 @@ from nnunet_dgplugins.files import human_bytes
 if TYPE_CHECKING:
     import pandas
 
-_MEAN = UNSEEN_AVERAGES[0]
-_INTERVALS = (
-    "Intervals are 95 %: patients are drawn with replacement within each site, 2000 times. ± is the standard deviation "
-    "over seeds."
-)
+_MEAN, _POOLED = UNSEEN_AVERAGES
+_INTERVALS = "Intervals are 95 %: patients are drawn with replacement within each site, 2000 times."
+_PER_SITE = "; per site: cases ahead/level/behind"
+_SEEDS = "± is the standard deviation over seeds."
 
 
 def metric_of(report: Report) -> Metric:
@@ -34,20 +33,23 @@ def lead(report: Report) -> str:
     table, title = report.table, metric_of(report).title
     sites = sorted(table.loc[table["split"] == UNSEEN, "target"].unique())
     sources = sorted(table["source"].unique())
-    seeds = table["seed"].nunique()
     parts = [
-        f"{_count(len(report.methods), 'method')}, {_count(len(sources), 'source')}, {_count(seeds, 'seed')}; "
-        f"{_count(len(sites), 'unseen site')}: {', '.join(sites)}."
+        f"{_count(len(report.methods), 'method')}, {_count(len(sources), 'source')}, "
+        f"{_count(table['seed'].nunique(), 'seed')}; "
+        + (f"{_count(len(sites), 'unseen site')}: {', '.join(sites)}." if sites else "no unseen site.")
     ]
     if report.budget:
-        parts.append(f"Budget of each training: {report.budget}.")
-    for dataset, ratio, part in _collections(report, comparison.matrix(table, report.metric)):
-        means = part[part["target"] == _MEAN].groupby("method", sort=False)["mean"].mean()
-        if len(means):
-            best = means.idxmin() if metric_of(report).better == "lower" else means.idxmax()
-            parts.append(
-                f"{_title(report, dataset, ratio)}: best mean on unseen sites {means[best]:.3f} ({best}, {title})."
-            )
+        parts.append(f"Budget of each method: {report.budget}.")
+    means = comparison.matrix(table[~table["method"].isin(report.bounds)], report.metric)
+    for dataset, ratio, part in _collections(report, means[means["target"] == _MEAN]):
+        wide = part.pivot(index="method", columns="source", values="mean").dropna()  # methods that have every source
+        if len(wide):
+            average = wide.mean(axis=1)
+            best = average.idxmin() if metric_of(report).better == "lower" else average.idxmax()
+            where = _title(report, dataset, ratio)
+            parts.append(f"{where}: best mean on unseen sites {average[best]:.3f} ({best}, {title}).")
+    if report.bounds:
+        parts.append(f"Bounds, given what no user has, are left out of this: {', '.join(report.bounds)}.")
     return " ".join(parts)
 
 
@@ -76,18 +78,19 @@ def _results(report: Report) -> Section:
         alt = f"Heat maps of {metric_of(report).title}, one per method, sources x sites: the numbers of the table."
         caption = "Dark is better; in italics the source's own cases."
         blocks.append(Block(title, [_matrix(report, dataset, part, own)], [Picture(svg, alt, caption)]))
-    return Section("results", "Results by site", [_INTERVALS], blocks)
+    texts = [f"{_INTERVALS} {_SEEDS}" if len(spread) else _SEEDS, *report.notes]
+    return Section("results", "Results by site", texts, blocks)
 
 
 def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas.DataFrame) -> Table:
     sites = sorted(part.loc[~part["target"].isin(UNSEEN_AVERAGES), "target"].unique())
-    averages = [UNSEEN_AVERAGES[1]] if report.protocol == "desam" else []  # where its paper prints the number
+    averages = [_POOLED] if report.protocol == "desam" else []  # where its paper prints the number
     rows = []
     for source, own in part.groupby("source", sort=False):
         for method, values in own.groupby("method", sort=False):
             at = values.set_index("target")
-            cells = [_cell(at, target) for target in (*averages, *sites)]
-            mean = _cell(at, _MEAN)
+            cells = [comparison.cell(at, target) for target in (*averages, *sites)]
+            mean = comparison.cell(at, _MEAN)
             if (dataset, source, method, _MEAN) in spread.index:
                 ends = spread.loc[(dataset, source, method, _MEAN)]
                 ends = ends.iloc[0] if ends.ndim > 1 else ends
@@ -107,14 +110,6 @@ def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas
 
 def _caveats(report: Report, dataset: str) -> list[str]:
     return list(dict.fromkeys(note for line in report.published if line.dataset == dataset for note in line.notes))
-
-
-def _cell(values: pandas.DataFrame, target: str) -> str:
-    if target not in values.index:
-        return "-"
-    row = values.loc[target]
-    text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
-    return text if row["split"] == UNSEEN else f"({text})"
 
 
 # ---------------------------------------------------------------- comparison
@@ -139,7 +134,7 @@ def _differences(report: Report) -> Section:
             key = (dataset, row["source"], row["method"])
             found = own.loc[key] if key in own.index else None
             shown = ["-", "-"] if found is None else [str(int(found["patients"])), _p(found["p_holm"])]
-            cells = [f"{row['difference']:+.3f}", f"[{row['low']:+.3f}, {row['high']:+.3f}]", *shown]
+            cells = [comparison.gain_text(row), *shown]
             for site in sites:
                 one = (row["source"], row["method"], site)
                 cells.append(
@@ -148,15 +143,19 @@ def _differences(report: Report) -> Section:
                     else "-"
                 )
             rows.append([str(row["source"]), str(row["method"]), *cells])
-        heading = ["source", "method", "difference", "95 %", "patients", "p (Holm)", *sites]
-        caption = f"Difference to {baseline} on the same cases; per site: cases ahead/level/behind"
+        heading = ["source", "method", "difference [95 %]", "patients", "p (Holm)", *sites]
+        caption = f"Difference to {baseline} on the same cases" + (_PER_SITE if sites else "")
         blocks.append(Block(_title(report, dataset, ratio), [Table(caption, heading, rows, 2)]))
-    texts = [
-        f"Every method against {baseline}, paired by case. p: Wilcoxon's signed-rank test over patients, two-sided, "
-        "corrected by Holm over the methods of one source; below six patients it cannot fall under 0.05. Level: closer "
-        f"than {comparison.TIE}. Intervals and tests speak of patients, the spread of seeds is in the table above; "
-        "seeds of one method share cases."
-    ]
+    texts = [f"Every method against {baseline}, on the same cases and seeds."]
+    if len(tests):
+        texts[0] += (
+            " p: Wilcoxon's signed-rank test over patients, two-sided, corrected by Holm over the methods of one "
+            "source; below six patients it cannot fall under 0.05. Level: closer than "
+            f"{comparison.TIE}. Intervals and tests speak of patients, the spread of seeds is in the table above; "
+            "seeds of one method share cases."
+        )
+    else:
+        texts[0] += " The numbers are of pixels or canvases in which patients meet, so patients cannot be tested."
     return Section("comparison", f"Against {baseline}", texts, blocks)
 
 
@@ -188,6 +187,8 @@ def _sites(report: Report) -> Section:
 
 def _classes(report: Report) -> Section:
     """Every metric by class, over all unseen cases."""
+    if report.protocol == "dcam":
+        return _pixel_classes(report)
     table, metrics = report.table, PROTOCOLS[report.protocol]
     shown = {name: metric for name, metric in metrics.items() if metric.better and name in set(table["metric"])}
     chosen = table[(table["split"] == UNSEEN) & table["metric"].isin(shown)]
@@ -206,6 +207,24 @@ def _classes(report: Report) -> Section:
         blocks.append(
             Block(_title(report, dataset, ratio), [Table("Mean over unseen cases, ± over seeds", heading, rows, 3)])
         )
+    return Section("classes", "Classes", [], blocks)
+
+
+def _pixel_classes(report: Report) -> Section:
+    """IoU of each class over all unseen pixels."""
+    import pandas
+
+    blocks = []
+    unseen = report.table[report.table["split"] == UNSEEN]
+    for dataset, ratio, part in _collections(report, unseen):
+        names = list(part.loc[part["metric"].isin(dcam_protocol.COUNTS), "class"].unique())
+        rows = []
+        for (source, method), own in part.groupby(["source", "method"], sort=False):
+            seeds = [dcam_protocol.pooled(one) for _, one in own.groupby("seed", sort=False)]
+            values = [pandas.Series([found.get((name, "iou"), float("nan")) for found in seeds]) for name in names]
+            rows.append([str(source), str(method), *(_spread(value.dropna()) for value in values)])
+        table = Table(f"IoU over all unseen pixels. {_SEEDS}", ["source", "method", *map(str, names)], rows, 2)
+        blocks.append(Block(_title(report, dataset, ratio), [table]))
     return Section("classes", "Classes", [], blocks)
 
 
@@ -259,14 +278,14 @@ def _definitions(report: Report) -> Section:
         for name, metric in PROTOCOLS[report.protocol].items()
         if name in found
     ]
-    terms += [
-        (
-            "mean unseen",
-            "unweighted mean of the unseen sites' means; a site's mean is over its cases, a case's over its classes",
-        ),
-        ("patients", "cases that share a patient are drawn and tested together"),
-    ]
-    texts = ["P prediction, R reference, d distance in mm to the other one's surface.", *report.notes]
+    mean = "unweighted mean of the unseen sites' numbers"
+    if report.metric not in dcam_protocol.METRICS:
+        mean += "; a site's is the mean over its cases, a case's the mean over its classes"
+    terms.append((_MEAN, mean))
+    if report.protocol == "desam":
+        terms.append((_POOLED, "mean over all unseen cases as one group"))
+    terms.append(("patients", "cases that share a patient are drawn and tested together"))
+    texts = ["P prediction, R reference, d distance in mm to the other one's surface."]
     return Section("definitions", "Definitions", texts, [Block(terms=terms)])
 
 

@@ -89,20 +89,17 @@ def _lowest(report: Report) -> list[Table]:
     import pandas
 
     tables = []
-    entries = list(first_entries(report))
-    for dataset in dict.fromkeys(entry.dataset for entry in entries):
-        columns = {
-            entry.method: case_values(report, entry).set_index(["case", "target"])["value"]
-            for entry in entries
-            if entry.dataset == dataset
-        }
+    for dataset in dict.fromkeys(entry.dataset for entry in report.entries):
+        entries = [entry for entry in first_entries(report) if entry.dataset == dataset]
+        alike = [entry for entry in entries if _where(entry) == _where(entries[0])]  # unfinished studies lack some
+        columns = {entry.method: case_values(report, entry).set_index(["case", "target"])["value"] for entry in alike}
         wide = pandas.DataFrame(columns)
         if wide.empty:
             continue
         higher = metric_of(report).better != "lower"
         order = wide.mean(axis=1).sort_values(ascending=higher).index[:FIRST]
         rows = [[str(case), str(site), *(_number(value) for value in wide.loc[(case, site)])] for case, site in order]
-        caption = f"{report.collections.get(dataset, dataset)}: worst on average over the methods, {_where(entries[0])}"
+        caption = f"{report.collections.get(dataset, dataset)}: worst on average over the methods, {_where(alike[0])}"
         tables.append(Table(caption, ["case", "site", *wide.columns], rows, 2))
     return tables
 
@@ -195,7 +192,8 @@ def _curves(report: Report) -> Section:
             if entry.dataset == dataset and entry.curves:
                 found.setdefault(entry.method, []).append(entry.curves)
         if found:
-            svg = embedded(figures.curves(found, report.methods), "svg+xml")
+            methods = [*report.methods, *(name for name in found if name not in report.methods)]
+            svg = embedded(figures.curves(found, methods), "svg+xml")
             alt = f"Learning curves on {dataset}: losses and the score while training, a line per training, of {', '.join(found)}."  # noqa: E501
             caption = "Loss in training (solid) and validation (dashed); nnU-Net's smoothed online score on the source's own cases."  # noqa: E501
             blocks.append(Block(report.collections.get(dataset, dataset), figures=[Picture(svg, alt, caption)]))
