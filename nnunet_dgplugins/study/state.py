@@ -27,6 +27,7 @@ class State:
 
     def __init__(self, out: Path):
         self.out = out
+        self._took: dict[str, float] = {}  # seconds of finished tasks by key
 
     def log(self, task: Task) -> Path:
         """Return the file that receives a task's output; one task's next attempt replaces it."""
@@ -63,14 +64,17 @@ class State:
         """Return seconds by key: the mean of finished tasks of the kind, else a guess."""
         known: dict[str, list[float]] = {}
         for task in tasks:
-            if self.is_done(task):
-                known.setdefault(task.kind, []).append(float(read_json(self._file(DONE, task))["seconds"]))
+            if task.key not in self._took and self.is_done(task):
+                self._took[task.key] = float(read_json(self._file(DONE, task))["seconds"])
+            if task.key in self._took:
+                known.setdefault(task.kind, []).append(self._took[task.key])
+        means = {kind: mean(seconds) for kind, seconds in known.items()}
         found = {}
         for task in tasks:
             guess = _GUESSES.get(task.kind.split()[0], 10.0)
             if task.kind.startswith("train") and training_minutes:
                 guess = 60 * training_minutes + 30
-            found[task.key] = mean(known[task.kind]) if task.kind in known else guess
+            found[task.key] = means.get(task.kind, guess)
         return found
 
     @contextmanager
