@@ -67,7 +67,8 @@ start() {
   done
   [ "$(id -u)" = 0 ] || { echo "The daemons need root." >&2; exit 1; }
   running slurmctld && running slurmd && running munge/munged || { stop; configure; }
-  running munge/munged || munged --key-file="$folder/munge.key" --socket="$folder/munge/socket" \
+  # --force: a folder that only root may enter will do
+  running munge/munged || munged --force --key-file="$folder/munge.key" --socket="$folder/munge/socket" \
     --pid-file="$folder/munge/munged.pid" --seed-file="$folder/munge/seed" --log-file="$folder/munge/log" --num-threads=2
   running slurmctld || slurmctld
   running slurmd || slurmd

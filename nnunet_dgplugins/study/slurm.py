@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -18,7 +19,6 @@ from nnunet_dgplugins.study.tasks import Task
 _PACE = 2.0  # seconds between submissions: what becomes ready meanwhile goes together
 _READ = 1.0  # between looks at files of ended tasks
 _RETRY = 60.0  # until the next try after SLURM refused more jobs
-_LAG = 30.0  # that a file may need from a node to here
 _SILENCE = 1800.0  # that the controller may be silent
 _LOST = ("BOOT_FAIL", "NODE_FAIL", "PREEMPTED")  # not the task's fault
 _ADVICE = {
@@ -39,6 +39,7 @@ class SlurmExecutor:
         options: what tasks ask for.
         alive: jobs of an earlier driver that still wait or run; their tasks are not submitted again.
         every: seconds between questions to squeue.
+        lag: seconds that a file may need from a node to here.
 
     Raises:
         UserError: submitit or SLURM's commands are not installed.
@@ -46,13 +47,15 @@ class SlurmExecutor:
 
     lasting = True
 
-    def __init__(self, out: Path, options: Slurm, alive: Iterable[Sent] = (), every: float = 30.0):
+    def __init__(
+        self, out: Path, options: Slurm, alive: Iterable[Sent] = (), every: float = 30.0, lag: float = 30.0
+    ):  # fmt: skip
         self._submitit = _submitit()
         self.out, self.options, self.slots = out, options, options.queue
         self._alive = {one.key: one for one in alive}
         self._new: list[SlurmJob] = []
         self._open: dict[str, SlurmJob] = {}  # by SLURM's number
-        self._every, self._longest = every, longest_array()
+        self._every, self._lag, self._longest = every, lag, longest_array()
         self._submit_at, self._read_at, self._ask_at = 0.0, 0.0, 0.0
         self._answered = time.monotonic()
         self._running = 0
@@ -91,7 +94,7 @@ class SlurmExecutor:
         if self._open and now >= self._ask_at:
             self._ask_at = now + self._every
             self._ask()
-        while self._ended and now - self._ended[0][0] > _LAG:  # its last job is still writing submitit's files
+        while self._ended and now - self._ended[0][0] > self._lag:  # its last job is still writing submitit's files
             self._ended.pop(0)[1].remove()
 
     def _submit(self) -> None:
@@ -123,8 +126,10 @@ class SlurmExecutor:
         ]  # fmt: skip
         executor = self._submitit.SlurmExecutor(folder=batch.folder, max_num_timeout=self.options.requeues)
         executor.update_parameters(**resources.parameters(batch.name))
+        # the driver may run in a job, whose variables are not these jobs'; where SLURM is and what its user prefers stays
+        kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or key.startswith("SBATCH_")}
         try:
-            with self._submitit.helpers.clean_env():  # the driver may run in a job itself
+            with self._submitit.helpers.clean_env(), self._submitit.core.utils.environment_variables(**kept):
                 sent = executor.submit_array(calls)
         except (self._submitit.core.utils.FailedJobError, self._submitit.core.utils.FailedSubmissionError) as error:
             batch.remove()
@@ -165,8 +170,8 @@ class SlurmExecutor:
             job.since = (job.since or now) if entry.state == "RUNNING" else 0.0
             return
         job.missing = job.missing or now
-        if now - job.missing < _LAG:  # its file may be on the way, or SLURM puts it back
-            self._ask_at = min(self._ask_at, now + _LAG)
+        if now - job.missing < self._lag:  # its file may be on the way, or SLURM puts it back
+            self._ask_at = min(self._ask_at, now + self._lag)
             return
         if entry and entry.state in _LOST and job.lost < self.options.requeues:
             del self._open[job.number]

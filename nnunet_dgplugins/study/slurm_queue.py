@@ -23,8 +23,8 @@ from nnunet_dgplugins.study.tasks import Task
 
 #: squeue's states of jobs that do not come again
 ENDED = frozenset(
-    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED")
-    + ("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+    | {"REVOKED", "TIMEOUT"}
 )
 _NOTE = "batch.json"
 _ANSWER = 60  # seconds that squeue and scancel may take
