@@ -100,8 +100,8 @@ class SlurmExecutor:
     def _submit(self) -> None:
         new, self._new = self._new, []
         self._submit_at = time.monotonic() + _PACE
-        for resources in (self.options.cpu, self.options.gpu):
-            own = [job for job in new if ("cuda" in job.task.command) == (resources is self.options.gpu)]
+        for cuda, resources in ((False, self.options.cpu), (True, self.options.gpu)):
+            own = [job for job in new if ("cuda" in job.task.command) == cuda]
             size = min(self._longest, len(own))
             while own:
                 refusal = self._send(own[:size], resources)

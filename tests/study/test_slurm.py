@@ -51,8 +51,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert subprocess.run(["bash", str(SCRIPT), "status", str(folder)], env=environment, check=False).returncode == 1
 
 
-def note(out: Path, name: str, seconds: float = 0.0, code: int = 0, needs: tuple[str, ...] = ()) -> Task:
-    """A task that notes that it began, sleeps, and notes that it ended."""
+def note(out: Path, name: str, seconds: float | str = 0.0, code: int = 0, needs: tuple[str, ...] = ()) -> Task:
+    """A task that notes that it began, sleeps, and notes that it ended; seconds may be an expression."""
     script = "import sys, time\n" + (
         f"def say(word): open({str(out / 'trace')!r}, 'a').write({name!r} + word + ' ')\n"
         f"say('<'); time.sleep({seconds}); say('>'); sys.exit({code})"
@@ -101,16 +101,25 @@ def test_tasks_of_a_kind_go_as_an_array_and_a_failure_stops_only_what_needs_it(t
     assert sorted(trace(tmp_path)) == sorted(f"{t.name}{mark}" for t in (*first, bad, second) for mark in "<>")
     assert "FAILED with 3: bad" in "\n".join(said)
     assert numbers() - before == 5
-    assert [State(tmp_path).of(task) for task in (*first, bad, second, blocked)] == [*["done"] * 3, "failed", "done", ""]
+    assert [State(tmp_path).of(task) for task in (*first, bad, second, blocked)] == [
+        *["done"] * 3,
+        "failed",
+        "done",
+        "",
+    ]
 
 
-def test_a_preempted_task_is_put_back_and_ends_well(tmp_path: Path):
-    task = note(tmp_path, "long", seconds=8)
+@pytest.mark.parametrize("way", ["preempted", "near its time limit"])
+def test_a_task_that_slurm_puts_back_runs_again_and_ends_well(tmp_path: Path, way: str):
+    task = note(tmp_path, "long", seconds=f"600 if open({str(tmp_path / 'trace')!r}).read() == 'long< ' else 0")
     state = State(tmp_path)
     executor = SlurmExecutor(tmp_path, SMALL, every=1.0, lag=20.0)
     job = executor.start(task, state.log(task))
     wait(lambda: job.result() or trace(tmp_path), "the task's start")
-    urgent()
+    if way == "preempted":
+        urgent()
+    else:
+        subprocess.run(["scancel", "--signal=USR2", job.number], check=True)
     wait(lambda: job.result() is not None, "the task's end")
     assert job.result() == 0
     assert trace(tmp_path) == ["long<", "long<", "long>"]
@@ -198,7 +207,9 @@ STUDY: dict[str, Any] = {
 
 
 def running_training(out: Path) -> bool:
-    return any(one.alive and one.entry and one.entry.state == "RUNNING" and ": train" in one.name for one in survey(out))
+    return any(
+        one.alive and one.entry and one.entry.state == "RUNNING" and ": train" in one.name for one in survey(out)
+    )
 
 
 def test_a_study_survives_a_preempted_training_and_a_killed_driver(tmp_path: Path):
