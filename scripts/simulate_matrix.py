@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import pandas  # noqa: F401  the driver makes tables with it
 
-import nnunet_dgplugins.study.results  # noqa: F401  (the driver has it in memory too)
 from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.study.display import Lines
 from nnunet_dgplugins.study.run import run_tasks

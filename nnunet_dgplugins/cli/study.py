@@ -125,10 +125,13 @@ def _cancel(state: State) -> None:
     import signal
     import time
 
+    from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.study.slurm_queue import cancel, survey
 
     runner = state.runner()
     if runner is not None:
+        if host := state.runner_host():
+            raise UserError(f"Process {runner} on {host} runs it. Give --cancel there.")
         os.kill(runner, signal.SIGTERM)
         click.echo(f"Asked process {runner} to stop; run the study again to go on.")
         deadline = time.monotonic() + _PATIENCE
@@ -166,7 +169,9 @@ def _status(tasks: Sequence[Task], state: State) -> None:
     if alive:
         click.echo(f"In SLURM's queue: {described(alive)}.")
     done = sum(state.is_done(task) for task in unique.values())
-    who = f"process {runner} runs it" if runner else "nothing looks after its jobs" if alive else "nothing runs it"
+    who = "nothing looks after its jobs" if alive else "nothing runs it"
+    if runner:
+        who = f"process {runner}{f' on {host}' if (host := state.runner_host()) else ''} runs it"
     click.echo(f"{done} of {len(unique)} tasks done, {len(kinds.get(FAILED, []))} failed, {who}.")
 
 

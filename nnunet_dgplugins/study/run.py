@@ -50,7 +50,8 @@ def run_tasks(
     waiting = [task for task in unique.values() if task.key not in done]
     running: dict[str, tuple[Task, Job]] = {}
     failed: list[Task] = []
-    started, expected = time.monotonic(), state.expected(list(unique.values()), training_minutes)
+    started, known = time.monotonic(), len(done)
+    expected = state.expected(list(unique.values()), training_minutes)
 
     def progress() -> Progress:
         left = _left(waiting, running, expected, executor)
@@ -81,8 +82,9 @@ def run_tasks(
                         shown.say(failure(task, state, code))
                     else:
                         done.add(task.key)
-                        expected = state.expected(list(unique.values()), training_minutes)
                         after(task)
+                if len(done) > known:
+                    known, expected = len(done), state.expected(list(unique.values()), training_minutes)
             shown.tick(progress())
         except BaseException:
             for _, job in () if executor.lasting else running.values():

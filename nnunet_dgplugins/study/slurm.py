@@ -126,7 +126,7 @@ class SlurmExecutor:
         ]  # fmt: skip
         executor = self._submitit.SlurmExecutor(folder=batch.folder, max_num_timeout=self.options.requeues)
         executor.update_parameters(**resources.parameters(batch.name))
-        # the driver may run in a job, whose variables are not these jobs'; where SLURM is and what its user prefers stays
+        # the driver may run in a job, whose variables are not theirs; where SLURM is and what its user prefers stays
         kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or key.startswith("SBATCH_")}
         try:
             with self._submitit.helpers.clean_env(), self._submitit.core.utils.environment_variables(**kept):

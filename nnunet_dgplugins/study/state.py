@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from nnunet_dgplugins.files import read_json, write_json
-from nnunet_dgplugins.locks import held, holder
+from nnunet_dgplugins.locks import held, holder, other_host
 from nnunet_dgplugins.study.tasks import Task, slug
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
@@ -90,6 +90,10 @@ class State:
     def runner(self) -> int | None:
         """Return the process that runs the study now, None if there is none."""
         return holder(self.out / "study.pid")
+
+    def runner_host(self) -> str:
+        """Return the machine of that process, "" where it is this one."""
+        return other_host(self.out / "study.pid")
 
     def _file(self, kind: str, task: Task) -> Path:
         return self.out / "state" / kind / f"{task.key}.json"

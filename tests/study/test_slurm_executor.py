@@ -1,4 +1,4 @@
-"""What a study asks of SLURM, and what it does when SLURM refuses or loses a job; SLURM's commands are small scripts."""
+"""What a study asks of SLURM, and what follows when SLURM refuses or loses a job; its commands are small scripts."""
 
 from __future__ import annotations
 
