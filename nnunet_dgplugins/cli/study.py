@@ -146,6 +146,7 @@ def _cancel(state: State) -> None:
 
 
 def _status(tasks: Sequence[Task], state: State) -> None:
+    from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.study.run import failure
     from nnunet_dgplugins.study.slurm_queue import described, survey
     from nnunet_dgplugins.study.state import FAILED, RUNNING
@@ -157,7 +158,11 @@ def _status(tasks: Sequence[Task], state: State) -> None:
         kinds.setdefault(state.of(task), []).append(task)
     for task in kinds.get(FAILED, []):
         click.echo(failure(task, state))
-    sent = survey(state.out)
+    try:
+        sent = survey(state.out)
+    except UserError as error:
+        click.echo(f"SLURM: {error}")
+        sent = []
     keys = {one.key for one in sent}
     for task in kinds.get(RUNNING, []) if runner else []:
         if task.key not in keys:

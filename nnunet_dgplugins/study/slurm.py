@@ -179,6 +179,8 @@ class SlurmExecutor:
             self._new.append(job)
             return
         job.explain(entry)
+        if job.batch:
+            job.batch.leave(job.task.key, 1, job.seconds())
         self._close(job, 1, job.seconds())
 
     def _close(self, job: SlurmJob, code: int, seconds: float) -> None:

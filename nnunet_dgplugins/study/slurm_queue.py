@@ -101,6 +101,10 @@ class Batch:
         """Return the keys of tasks that ended by themselves; one look at the folder."""
         return {file.stem.removeprefix("exit-") for file in self.folder.glob("exit-*.json")}
 
+    def leave(self, key: str, code: int, seconds: float) -> None:
+        """Note how a task ended."""
+        write_json(self.exit_file(key), {"code": code, "seconds": seconds})
+
     def left(self, key: str) -> tuple[int, float]:
         """Return exit code and seconds of an ended task."""
         content = read_json(self.exit_file(key))
@@ -173,7 +177,8 @@ def survey(out: Path) -> list[Sent]:
     """
     notes = (out / "slurm").glob(f"*/{_NOTE}")
     batches = [Batch(note.parent) for note in sorted(notes)]
-    entries = ask(batches)  # first: a job that left the queue before has written how it ended
+    # squeue first, files behind it: a job that has left the queue has written how it ended
+    entries = ask(batch for batch in batches if not batch.ended().issuperset(key for key, _ in batch.tasks))
     by_job = {entry.job: entry for entry in entries}
     found = []
     for batch in batches:
@@ -226,7 +231,7 @@ def end(jobs: Collection[str], batches: Collection[Batch]) -> None:
     """
     if not jobs:
         return
-    _run(["scancel", *sorted(jobs)])
+    _run(["scancel", "--quiet", *sorted(jobs)])  # quiet of jobs that have ended meanwhile
     deadline = time.monotonic() + _GONE
     while any(entry.alive and {entry.job, entry.job.split("_")[0]} & {*jobs} for entry in ask(batches)):
         if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 _PATIENCE = 5.0  # seconds between a signal to the command and the same signal to us
-_KILLED = 120.0  # seconds until SLURM kills what it asked to end
+_KILLED = 3600.0  # seconds until SLURM kills what it asked to end, at most; a job that ends before is not put back
 
 
 @dataclass(frozen=True)

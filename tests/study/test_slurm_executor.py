@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from click.testing import CliRunner
 
 from nnunet_dgplugins.cli.study import command
 from nnunet_dgplugins.errors import BadInput, UserError
-from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.study import slurm
 from nnunet_dgplugins.study.slurm_file import Resources, Slurm, read_slurm
 from nnunet_dgplugins.study.slurm_queue import NoAnswer, resume, survey
@@ -138,14 +138,18 @@ def test_a_silent_controller_is_waited_for_and_then_the_driver_ends(
     monkeypatch.setattr(slurm, "_SILENCE", 0.0)
     with pytest.raises(UserError, match="Jobs go on without this process"):
         executor.look()
+    assert jobs[0].batch
+    for job in jobs:
+        job.batch.leave(job.task.key, 0, 1.0)
+    assert [one.code for one in survey(tmp_path)] == [0, 0]  # squeue need not be asked any more
 
 
 def test_what_ended_while_nobody_looked_is_noted_and_what_waits_is_not_submitted_again(tmp_path: Path, scripts: Path):
     wanted, state = tasks(3), State(tmp_path)
     job = started(tmp_path, wanted, slurm.SlurmExecutor(tmp_path, Slurm()))[0]
     assert job.batch
-    write_json(job.batch.exit_file(wanted[0].key), {"code": 0, "seconds": 7.0})
-    write_json(job.batch.exit_file(wanted[1].key), {"code": 2, "seconds": 1.0})
+    job.batch.leave(wanted[0].key, 0, 7.0)
+    job.batch.leave(wanted[1].key, 2, 1.0)
     alive = resume(tmp_path, wanted, state)
     assert [one.key for one in alive] == [wanted[2].key]
     assert [state.of(task) for task in wanted] == ["done", "failed", ""]
@@ -156,9 +160,13 @@ def test_what_ended_while_nobody_looked_is_noted_and_what_waits_is_not_submitted
 def test_a_node_leaves_the_exit_code_and_does_not_repeat_what_ended(tmp_path: Path):
     words = (sys.executable, "-c", f"open({str(tmp_path / 'trace')!r}, 'a').write('x'); raise SystemExit(4)")
     call = OnNode("task", words, {}, str(tmp_path / "log"), str(tmp_path / "exit.json"))
-    with pytest.raises(RuntimeError, match="failed with 4"):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="failed with 4"):
+            call()
         call()
-    call()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "trace").read_text() == "x"
     assert '"code": 4' in (tmp_path / "exit.json").read_text()
 
