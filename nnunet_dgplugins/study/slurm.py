@@ -186,7 +186,7 @@ class SlurmExecutor:
     def _close(self, job: SlurmJob, code: int, seconds: float) -> None:
         del self._open[job.number]
         job.code, job.took = code, seconds
-        left = [*self._open.values(), *self._alive.values()]
+        left: list[SlurmJob | Sent] = [*self._open.values(), *self._alive.values()]
         if job.batch and not any(other.batch is job.batch for other in left):
             self._ended.append((time.monotonic(), job.batch))
 

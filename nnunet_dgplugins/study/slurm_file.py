@@ -115,8 +115,8 @@ def _known(where: str, content: Any, hints: Mapping[str, Any], problems: list[Pr
         problems.append(Problem(where or "file", repr(content), f"a mapping with {', '.join(hints)}"))
         return {}
     found = {}
-    for key, value in content.items():
-        value = tuple(value) if isinstance(value, list) else value
+    for key, given in content.items():
+        value: Any = tuple(given) if isinstance(given, list) else given
         if key not in hints:
             problems.append(Problem(f"{where}{key}", f"unknown key{nearest(str(key), hints)}"))
         elif expected := _misfit(value, hints[key]):
