@@ -108,7 +108,7 @@ status() {
 }
 
 case "$action" in
-  install) apt-get install -y --no-install-recommends slurm-wlm munge ;;
+  install) apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge ;;
   start | stop | status) "$action" ;;
   *) sed -n '2,9s/^# //p' "$0"; exit 2 ;;
 esac
