@@ -107,7 +107,7 @@ class SlurmExecutor:
                 refusal = self._send(own[:size], resources)
                 if not refusal:
                     own = own[size:]
-                elif "limit" not in refusal.lower() or (size == 1 and not self._open):
+                elif not _too_many(refusal) or (size == 1 and not self._open):
                     raise UserError(f"SLURM refuses {own[0].task.name}: {refusal}")
                 elif size > 1:  # more than the user may have in the queue: fewer
                     size //= 2
@@ -249,6 +249,12 @@ class SlurmJob:
             )
         with open(self.log, "a", encoding="utf-8") as log:
             print(f"\n{output}\n{sentence.strip()}".replace("\n\n", "\n"), file=log)
+
+
+def _too_many(refusal: str) -> bool:
+    """Whether sbatch refused because of the number of jobs; its last line names all limits at once, time among them."""
+    limits = re.findall(r"\w+Max\w+", refusal)
+    return any("Submit" in limit for limit in limits) if limits else "submit limit" in refusal
 
 
 def longest_array() -> int:

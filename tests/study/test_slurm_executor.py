@@ -27,7 +27,9 @@ script="${@: -1}"
 size=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script"); size=$((${size:-0} + 1))
 free=$(cat limit)
 if [ "$size" -gt "$free" ]; then
-  echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2; exit 1
+  echo "sbatch: error: $(cat kind)" >&2
+  echo "sbatch: error: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)" >&2
+  exit 1
 fi
 echo $((free - size)) > limit
 number=$(($(cat number) + 1)); echo $number > number
@@ -57,7 +59,8 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in texts.items():
         (folder / name).write_text(text.replace("#!/bin/bash\n", f"#!/bin/bash\ncd {folder}\n", 1))
         (folder / name).chmod(0o755)
-    for name, text in (("limit", "1000"), ("number", "0"), ("queue", ""), ("submitted", "")):
+    files = {"limit": "1000", "kind": "QOSMaxSubmitJobPerUserLimit", "number": "0", "queue": "", "submitted": ""}
+    for name, text in files.items():
         (folder / name).write_text(text)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(slurm, "_PACE", 0.0)
@@ -108,9 +111,14 @@ def test_refused_tasks_are_submitted_in_smaller_parts_and_the_rest_later(tmp_pat
 
 def test_a_refusal_that_waiting_does_not_help_is_an_error(tmp_path: Path, scripts: Path):
     (scripts / "limit").write_text("0")
-    with pytest.raises(UserError, match=r"SLURM refuses task 0: .*job submit limit"):
-        started(tmp_path, tasks(2), slurm.SlurmExecutor(tmp_path, Slurm()))
+    executor = slurm.SlurmExecutor(tmp_path, Slurm())
+    with pytest.raises(UserError, match=r"SLURM refuses task 0: .*QOSMaxSubmitJobPerUserLimit"):
+        started(tmp_path, tasks(2), executor)
     assert not list((tmp_path / "slurm").glob("*/batch.json"))
+    (scripts / "limit").write_text("1")
+    (scripts / "kind").write_text("QOSMaxWallDurationPerJobLimit")
+    with pytest.raises(UserError, match=r"SLURM refuses task 0: .*QOSMaxWallDurationPerJobLimit"):
+        started(tmp_path, tasks(2), executor)  # one of them would be taken: fewer are not tried for another limit
 
 
 def test_a_task_of_a_lost_node_is_submitted_again_and_a_job_out_of_memory_is_a_failure(tmp_path: Path, scripts: Path):
