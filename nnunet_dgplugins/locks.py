@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from nnunet_dgplugins.errors import UserError
 
 @contextmanager
 def held(file: Path, what: str) -> Iterator[None]:
-    """Hold ``file``, which receives this process's number, until the block or the process ends, however it ends.
+    """Hold ``file`` until the block or the process ends, however it ends; it receives the process's number and machine.
 
     The lock is the kernel's: a file left by a killed process holds nothing back. On Windows nothing is locked.
 
@@ -36,9 +37,11 @@ def held(file: Path, what: str) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             handle.seek(0)
-            raise UserError(f"Process {handle.read().strip()} {what} now. Wait for it, or stop it.") from error
+            process, host = _noted(handle.read())
+            where = f"{process} on {host}" if host else process
+            raise UserError(f"Process {where} {what} now. Wait for it, or stop it.") from error
         handle.truncate(0)
-        handle.write(str(os.getpid()))
+        handle.write(f"{os.getpid()} {socket.gethostname()}")
         handle.flush()
         yield
 
@@ -56,5 +59,15 @@ def holder(file: Path) -> int | None:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            return int(handle.read())
+            return int(_noted(handle.read())[0])
     return None
+
+
+def other_host(file: Path) -> str:
+    """Return the machine on which ``file`` was held last, "" where that is this one: folders may be shared."""
+    return _noted(file.read_text())[1]
+
+
+def _noted(text: str) -> tuple[str, str]:
+    process, _, host = text.strip().partition(" ")
+    return process, "" if host == socket.gethostname() else host

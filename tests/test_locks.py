@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.locks import held
+from nnunet_dgplugins.locks import held, other_host
 
 pytest.importorskip("fcntl")
 HOLD = """
@@ -39,3 +39,14 @@ def test_a_second_process_is_refused_until_the_first_is_killed_even_if_its_worke
             assert file.is_file()
     finally:
         subprocess.run(["kill", "-9", str(worker)], check=False)
+
+
+def test_who_holds_a_file_on_another_machine_is_named_with_it(tmp_path: Path):
+    file = tmp_path / "lock"
+    with held(file, "works"):
+        pass
+    assert other_host(file) == ""
+    file.write_text("12 login2")
+    assert other_host(file) == "login2"
+    file.write_text("12")
+    assert other_host(file) == ""

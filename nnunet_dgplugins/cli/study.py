@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     import pandas
 
     from nnunet_dgplugins.study.definition import Study
+    from nnunet_dgplugins.study.local import Executor
+    from nnunet_dgplugins.study.slurm_file import Slurm
+    from nnunet_dgplugins.study.slurm_queue import Sent
     from nnunet_dgplugins.study.state import State
     from nnunet_dgplugins.study.tasks import Task
+
+_PATIENCE = 60.0  # seconds that a cancelled process may take to end
 
 
 @click.command("study")
@@ -23,22 +28,34 @@ if TYPE_CHECKING:
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Tasks at a time; cores are divided."
 )
+@click.option(
+    "--slurm",
+    "cluster",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Run the tasks as SLURM jobs; FILE says partition, GPUs, time (docs/cluster.md).",
+)
 @click.option("--status", is_flag=True, help="Say how far it is, and the results so far; start nothing.")
-@click.option("--cancel", is_flag=True, help="Stop the process that runs it; what is finished is kept.")
+@click.option(
+    "--cancel", is_flag=True, help="Stop the process and the SLURM jobs that run it; what is finished is kept."
+)
 @click.option("--commands", is_flag=True, help="Print every command, as you would type it; start nothing.")
 @click.option("--metric", help="Metric of the printed table. Default: Dice of the study's protocol.")
 def command(
-    file: Path, out: Path | None, jobs: int, status: bool, cancel: bool, commands: bool, metric: str | None
-) -> None:
+    file: Path, out: Path | None, jobs: int, cluster: Path | None, status: bool, cancel: bool, commands: bool,
+    metric: str | None,
+) -> None:  # fmt: skip
     """Train and evaluate every method x source x seed of FILE, and compare them on unseen sites.
 
     Each task is a command that you could type. Killed, cancelled or failed? Run the same command again: what is
     finished is kept, and a changed setting reruns only what depends on it.
     """
+    from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.study.file import read_study
-    from nnunet_dgplugins.study.local import LocalExecutor
     from nnunet_dgplugins.study.results import collect, write_results
     from nnunet_dgplugins.study.run import run_tasks
+    from nnunet_dgplugins.study.slurm_file import read_slurm
+    from nnunet_dgplugins.study.slurm_queue import resume
     from nnunet_dgplugins.study.state import State
     from nnunet_dgplugins.study.tasks import expand
 
@@ -57,11 +74,17 @@ def command(
         _status(tasks, state)
         _print(collect(tasks), study, metric)
         return
+    options = read_slurm(cluster) if cluster else None
+    if options and jobs > 1:
+        raise click.UsageError("--jobs is for this machine; `queue` in the SLURM file says how many are submitted.")
+    if options and study.device == "auto":
+        raise UserError(f"{file}: device auto asks the machine that runs this command. Write device: cuda, or cpu.")
     out.mkdir(parents=True, exist_ok=True)
     with state.alone():
+        executor = _executor(jobs, options, out, tasks, resume(out, tasks, state))
         state.forget_running()
         failed = run_tasks(
-            tasks, state, LocalExecutor(jobs), study.budget.minutes,
+            tasks, state, executor, study.budget.minutes,
             lambda task: write_results(tasks, study, out) if task.kind == "evaluate" else None,
         )  # fmt: skip
         table = write_results(tasks, study, out)
@@ -80,20 +103,52 @@ def _device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _executor(jobs: int, options: Slurm | None, out: Path, tasks: Sequence[Task], alive: Sequence[Sent]) -> Executor:
+    """Return where tasks run; refuse to run them here while SLURM has some of them."""
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.study.local import LocalExecutor
+    from nnunet_dgplugins.study.slurm import SlurmExecutor
+
+    if options is None:
+        if alive:
+            raise UserError(
+                f"{len(alive)} tasks of this study are in SLURM's queue. Go on with --slurm FILE, or --cancel first."
+            )
+        return LocalExecutor(jobs)
+    if strangers := {one.key for one in alive} - {task.key for task in tasks}:
+        click.echo(f"{len(strangers)} SLURM jobs are of tasks that the study no longer has; --cancel ends all jobs.")
+    return SlurmExecutor(out, options, alive)
+
+
 def _cancel(state: State) -> None:
     import os
     import signal
+    import time
+
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.study.slurm_queue import cancel, survey
 
     runner = state.runner()
-    if runner is None:
+    if runner is not None:
+        if host := state.runner_host():
+            raise UserError(f"Process {runner} on {host} runs it. Give --cancel there.")
+        os.kill(runner, signal.SIGTERM)
+        click.echo(f"Asked process {runner} to stop; run the study again to go on.")
+        deadline = time.monotonic() + _PATIENCE
+        while (state.out / "slurm").is_dir() and state.runner() and time.monotonic() < deadline:
+            time.sleep(0.2)  # it must not submit behind our back
+    alive = [one for one in survey(state.out) if one.alive]
+    cancel(alive)
+    if alive:
+        click.echo(f"Ended {len(alive)} SLURM jobs.")
+    elif runner is None:
         click.echo("Nothing runs this study.")
-        return
-    os.kill(runner, signal.SIGTERM)
-    click.echo(f"Asked process {runner} to stop; run the study again to go on.")
 
 
 def _status(tasks: Sequence[Task], state: State) -> None:
+    from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.study.run import failure
+    from nnunet_dgplugins.study.slurm_queue import described, survey
     from nnunet_dgplugins.study.state import FAILED, RUNNING
 
     unique = {task.key: task for task in tasks}
@@ -103,10 +158,25 @@ def _status(tasks: Sequence[Task], state: State) -> None:
         kinds.setdefault(state.of(task), []).append(task)
     for task in kinds.get(FAILED, []):
         click.echo(failure(task, state))
+    try:
+        sent = survey(state.out)
+    except UserError as error:
+        click.echo(f"SLURM: {error}")
+        sent = []
+    keys = {one.key for one in sent}
     for task in kinds.get(RUNNING, []) if runner else []:
-        click.echo(f"running: {task.name}")
+        if task.key not in keys:
+            click.echo(f"running: {task.name}")
+    alive = [one for one in sent if one.alive]
+    for one in alive:
+        if one.entry and one.entry.state == "RUNNING":
+            click.echo(f"running: {one.name} (SLURM job {one.job})")
+    if alive:
+        click.echo(f"In SLURM's queue: {described(alive)}.")
     done = sum(state.is_done(task) for task in unique.values())
-    who = f"process {runner} runs it" if runner else "nothing runs it"
+    who = "nothing looks after its jobs" if alive else "nothing runs it"
+    if runner:
+        who = f"process {runner}{f' on {host}' if (host := state.runner_host()) else ''} runs it"
     click.echo(f"{done} of {len(unique)} tasks done, {len(kinds.get(FAILED, []))} failed, {who}.")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import click
 
+_NAMES = 4  # of running tasks in the bar
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -100,7 +102,8 @@ class Bar(Display):
 
     def tick(self, progress: Progress) -> None:
         """Move the bar."""
-        names, time = " | ".join(progress.running), str(progress)
+        names, time = " | ".join(progress.running[:_NAMES]), str(progress)
+        names += f" and {len(progress.running) - _NAMES} more" if len(progress.running) > _NAMES else ""
         self._bar.update(self._task, completed=progress.done, total=progress.total, description=names, time=time)
 
 

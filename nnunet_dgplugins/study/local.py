@@ -1,4 +1,4 @@
-"""Runs commands as processes of this machine. A cluster would be another class with the same three methods."""
+"""Runs commands as processes of this machine; :mod:`nnunet_dgplugins.study.slurm` runs them on a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Job(Protocol):
     """A command that was started."""
 
     def result(self) -> int | None:
-        """Return the exit code, None while it runs."""
+        """Return the exit code, None while it runs or waits in a queue."""
+
+    def seconds(self) -> float:
+        """Return how long it runs, or ran; 0 while it waits in a queue."""
 
     def stop(self) -> None:
         """End it and everything it started; returns when that is so."""
@@ -31,8 +34,14 @@ class Job(Protocol):
 class Executor(Protocol):
     """Where tasks run."""
 
-    #: how many at a time
+    #: how many are started at a time
     slots: int
+    #: whether started tasks go on when this process ends
+    lasting: bool
+
+    @property
+    def at_once(self) -> int:
+        """How many of them run at a time, for the time to go."""
 
     def start(self, task: Task, log: Path) -> Job:
         """Start a task whose output goes to ``log``."""
@@ -47,6 +56,8 @@ class LocalExecutor:
             one do not push aside those of another.
     """
 
+    lasting = False
+
     def __init__(self, slots: int = 1, cores: int | None = None):
         self.slots = slots
         self.cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -57,16 +68,16 @@ class LocalExecutor:
         """Threads of each process."""
         return max(1, self.cores // self.slots)
 
+    @property
+    def at_once(self) -> int:
+        """All that were started."""
+        return self.slots
+
     def start(self, task: Task, log: Path) -> LocalJob:
         """Start a task; its processes end when this one is killed."""
         place = self._free.pop(0)
         log.parent.mkdir(parents=True, exist_ok=True)
-        # the commands beside this Python come first, also where its environment is not activated
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        inherited = {key: value for key, value in os.environ.items() if key != "DGPLUGINS_SETTINGS"}
-        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHON_CPU_COUNT")}
-        environment = {**inherited, "PATH": path, **threads, **task.environment}
-        cores = self._cores(place)
+        environment, cores = surroundings(task.environment, self.threads), self._cores(place)
         return LocalJob(task.command, environment, log, cores, lambda: self._free.insert(0, place))
 
     def _cores(self, place: int) -> set[int]:
@@ -88,6 +99,7 @@ class LocalJob:
         free: Callable[[], None],
     ):
         self._free: Callable[[], None] | None = free
+        self._since, self._ended = time.monotonic(), 0.0
         with open(log, "w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment),
@@ -98,9 +110,14 @@ class LocalJob:
         """Return the exit code, None while it runs."""
         code = self.process.poll()
         if code is not None and self._free:
+            self._ended = time.monotonic()
             self._free()
             self._free = None
         return code
+
+    def seconds(self) -> float:
+        """Return how long it runs, or ran."""
+        return (self._ended or time.monotonic()) - self._since
 
     def stop(self) -> None:
         """Ask the group to end, then kill what is left of it."""
@@ -114,6 +131,20 @@ class LocalJob:
                 time.sleep(0.05)
         self.process.wait()
         self.result()
+
+
+def surroundings(environment: Mapping[str, str], threads: int) -> dict[str, str]:
+    """Return the environment of a task's process.
+
+    Args:
+        environment: the task's own.
+        threads: of its process.
+    """
+    # the commands beside this Python come first, also where its environment is not activated
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    inherited = {key: value for key, value in os.environ.items() if key != "DGPLUGINS_SETTINGS"}
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHON_CPU_COUNT"), str(threads))
+    return {**inherited, "PATH": path, **counts, **environment}
 
 
 def _bind(cores: set[int]) -> None:

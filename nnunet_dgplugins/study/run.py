@@ -43,48 +43,51 @@ def run_tasks(
         Tasks that failed.
 
     Raises:
-        Cancelled: SIGTERM or Ctrl-C; running tasks were ended.
+        Cancelled: SIGTERM or Ctrl-C; running tasks were ended, unless the executor's last longer than this process.
     """
     unique = {task.key: task for task in tasks}  # two methods may share a task
-    waiting = [task for task in unique.values() if not state.is_done(task)]
-    running: dict[str, tuple[Task, Job, float]] = {}
+    done = {key for key, task in unique.items() if state.is_done(task)}  # in memory: thousands are asked for often
+    waiting = [task for task in unique.values() if task.key not in done]
+    running: dict[str, tuple[Task, Job]] = {}
     failed: list[Task] = []
-    started, expected = time.monotonic(), state.expected(list(unique.values()), training_minutes)
+    started, known = time.monotonic(), len(done)
+    expected = state.expected(list(unique.values()), training_minutes)
 
     def progress() -> Progress:
-        done = len(unique) - len(waiting) - len(running) - len(failed)
         left = _left(waiting, running, expected, executor)
-        names = [task.name for task, _, _ in running.values()]
-        return Progress(done, len(unique), names, time.monotonic() - started, left)
+        names = [task.name for task, job in running.values() if job.seconds()]
+        return Progress(len(done), len(unique), names, time.monotonic() - started, left)
 
-    with _stoppable(), display or for_stream() as shown:
+    with _stoppable(executor), display or for_stream() as shown:
         shown.say(f"{len(unique)} tasks, {len(unique) - len(waiting)} done before, {executor.slots} at a time.")
         try:
             while waiting or running:
-                while len(running) < executor.slots and (task := _next(waiting, unique, state)):
+                while len(running) < executor.slots and (task := _next(waiting, done)):
                     shown.started(task.name, progress())
                     waiting.remove(task)
                     state.set(task, RUNNING)
-                    running[task.key] = (task, executor.start(task, state.log(task)), time.monotonic())
+                    running[task.key] = (task, executor.start(task, state.log(task)))
                 if not running:
                     break  # what waits needs something that failed
                 shown.tick(progress())
                 time.sleep(_PAUSE)
-                for task, job, since in list(running.values()):
+                for task, job in list(running.values()):
                     code = job.result()
                     if code is None:
                         continue
                     del running[task.key]
-                    state.set(task, FAILED if code else DONE, time.monotonic() - since)
+                    state.set(task, FAILED if code else DONE, job.seconds())
                     if code:
                         failed.append(task)
                         shown.say(failure(task, state, code))
                     else:
-                        expected = state.expected(list(unique.values()), training_minutes)
+                        done.add(task.key)
                         after(task)
+                if len(done) > known:
+                    known, expected = len(done), state.expected(list(unique.values()), training_minutes)
             shown.tick(progress())
         except BaseException:
-            for _, job, _ in running.values():
+            for _, job in () if executor.lasting else running.values():
                 job.stop()
             state.forget_running()
             raise
@@ -99,27 +102,29 @@ def failure(task: Task, state: State, code: int | None = None) -> str:
     return f"FAILED{with_code}: {task.name}\n  {task.typed}\nLast lines of {state.log(task)}:\n{state.tail(task)}"
 
 
-def _next(waiting: list[Task], tasks: dict[str, Task], state: State) -> Task | None:
+def _next(waiting: list[Task], done: set[str]) -> Task | None:
     """Return the first task whose needs are done."""
-    return next((task for task in waiting if all(state.is_done(tasks[key]) for key in task.needs)), None)
+    return next((task for task in waiting if done.issuperset(task.needs)), None)
 
 
 def _left(
-    waiting: list[Task], running: dict[str, tuple[Task, Job, float]], expected: dict[str, float], executor: Executor
+    waiting: list[Task], running: dict[str, tuple[Task, Job]], expected: dict[str, float], executor: Executor
 ) -> float:
-    """Return seconds until the end, if all slots stay in use."""
-    now = time.monotonic()
+    """Return seconds until the end, if as many tasks run at a time as now."""
     seconds = sum(expected[task.key] for task in waiting)
-    seconds += sum(max(0.0, expected[task.key] - (now - since)) for task, _, since in running.values())
-    return seconds / executor.slots
+    seconds += sum(max(0.0, expected[task.key] - job.seconds()) for task, job in running.values())
+    return seconds / executor.at_once
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable(executor: Executor) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into an exception, so that running tasks are ended."""
+    message = "Cancelled. Run the same command again to go on."
+    if executor.lasting:
+        message = "Stopped; what was submitted goes on. The same command looks after it again, --cancel ends it."
 
     def stop(number: int, frame: Any) -> None:
-        raise Cancelled("Cancelled. Run the same command again to go on.")
+        raise Cancelled(message)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

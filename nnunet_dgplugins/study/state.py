@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from nnunet_dgplugins.files import read_json, write_json
-from nnunet_dgplugins.locks import held, holder
+from nnunet_dgplugins.locks import held, holder, other_host
 from nnunet_dgplugins.study.tasks import Task, slug
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
@@ -27,6 +27,7 @@ class State:
 
     def __init__(self, out: Path):
         self.out = out
+        self._took: dict[str, float] = {}  # seconds of finished tasks by key
 
     def log(self, task: Task) -> Path:
         """Return the file that receives a task's output; one task's next attempt replaces it."""
@@ -67,14 +68,17 @@ class State:
         """Return seconds by key: the mean of finished tasks of the kind, else a guess."""
         known: dict[str, list[float]] = {}
         for task in tasks:
-            if self.is_done(task):
-                known.setdefault(task.kind, []).append(float(read_json(self._file(DONE, task))["seconds"]))
+            if task.key not in self._took and self.is_done(task):
+                self._took[task.key] = float(read_json(self._file(DONE, task))["seconds"])
+            if task.key in self._took:
+                known.setdefault(task.kind, []).append(self._took[task.key])
+        means = {kind: mean(seconds) for kind, seconds in known.items()}
         found = {}
         for task in tasks:
             guess = _GUESSES.get(task.kind.split()[0], 10.0)
             if task.kind.startswith("train") and training_minutes:
                 guess = 60 * training_minutes + 30
-            found[task.key] = mean(known[task.kind]) if task.kind in known else guess
+            found[task.key] = means.get(task.kind, guess)
         return found
 
     @contextmanager
@@ -90,6 +94,10 @@ class State:
     def runner(self) -> int | None:
         """Return the process that runs the study now, None if there is none."""
         return holder(self.out / "study.pid")
+
+    def runner_host(self) -> str:
+        """Return the machine of that process, "" where it is this one."""
+        return other_host(self.out / "study.pid")
 
     def _file(self, kind: str, task: Task) -> Path:
         return self.out / "state" / kind / f"{task.key}.json"

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Task:
     run: Run | None = None
     seed: int | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of everything that decides the result."""
         return content_hash([self.command, dict(self.environment), self.needs, self.inputs, __version__])
