@@ -27,7 +27,7 @@ from nnunet_dgplugins.study.tasks import Task
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm_one_node.sh"
 SMALL = Slurm(Resources(cpus=1, time=60), Resources(cpus=1, time=60, gpus=0), queue=8)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {**os.environ, "SLURM_PORT": port, "SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run(["bash", str(SCRIPT), "start", str(folder)], env=environment, check=True, timeout=300)
+    log = folder / "start.txt"  # no pipe: the daemons would hold it open
+    with open(log, "w") as output:
+        words = ["bash", str(SCRIPT), "start", str(folder)]
+        started = subprocess.run(words, env=environment, stdout=output, stderr=output, timeout=300, check=False)
+    if started.returncode:
+        pytest.skip(f"no SLURM starts on this machine: {log.read_text()[-500:]}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", environment["SLURM_CONF"])
         yield folder
