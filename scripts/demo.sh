@@ -5,7 +5,7 @@
 #   bash scripts/demo.sh                 DeSAM on a generated six-site phantom: one site trains, equal time for both;
 #                                        about 12 minutes on 2 cores after installation
 #   bash scripts/demo.sh epl             EPL on the same phantom: five sites train, one labelled patient each, equal
-#                                        labelled samples for both
+#                                        labelled samples for both; about 11 minutes on 2 cores
 #   bash scripts/demo.sh equivariant     equivariant CAMs on made brains: slice tags only, then stock nnU-Net on the
 #                                        pseudo labels for as long
 #   bash scripts/demo.sh dcam            D-CAM on made tissue patches of two hospitals: tags of one train both stages, and
