@@ -34,11 +34,10 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import read_json, write_json
 from nnunet_dgplugins.locks import held
 from nnunet_dgplugins.trainers import loggers
+from nnunet_dgplugins.trainers.costs import note_costs
 from nnunet_dgplugins.trainers.stock import ShareSchedule, blur_in_one_way, save_in_one_step
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
-TRAINING = "dgplugins_training.json"  # in a fold: what the training took, and its curves
-CURVES = ("train_losses", "val_losses", "ema_fg_dice")  # of nnU-Net's logger, a value per epoch
 _ENDLESS = 1_000_000  # epochs, until the time is known
 
 
@@ -256,24 +255,8 @@ def train_or_continue(
             trainer.after_training()
         trainer.print_to_log_file(f"{type(trainer).__name__}: {steps} steps, {run.seconds() / 60:.2f} minutes.")
         trainer.perform_actual_validation(False)
-        _note_costs(folder, run)
+        note_costs(trainer, run.seconds() / 60)
     return steps
-
-
-def _note_costs(folder: Path, run: BudgetRun) -> None:
-    """Write what the training took and how it went, for ``dgplugins report``; memory is the highest of all sessions."""
-    import torch
-
-    from nnunet_dgplugins.system import peak_memory
-
-    before = read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {}
-    log = run.trainer.logger.get_checkpoint()
-    memory = {"peak_memory_bytes": peak_memory(), "peak_gpu_memory_bytes": None}
-    if run.trainer.device.type == "cuda":
-        memory["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated(run.trainer.device)
-    highest = {name: max(value or 0, before.get(name) or 0) or None for name, value in memory.items()}
-    curves = {key: [float(value) for value in log[key]] for key in CURVES if log.get(key)}
-    write_json(folder / TRAINING, {"minutes": run.seconds() / 60, **highest, "curves": curves})
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins import settings
-from nnunet_dgplugins.budget import CURVES, TRAINING
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import COLUMNS
 from nnunet_dgplugins.evaluation.report.content import Costs, Entry, Published, Report
 from nnunet_dgplugins.files import PANELS, read_json
 from nnunet_dgplugins.study.results import FILE, FORMAT
+from nnunet_dgplugins.trainers.costs import CURVES, TRAINING
 
 
 def read_study_results(out: Path) -> Report:

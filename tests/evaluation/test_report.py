@@ -164,6 +164,8 @@ def test_every_protocol_has_a_page_that_claims_no_more_than_it_knows(
     assert ("Wilcoxon" in text) == (protocol == "desam")
     assert ("Intervals are 95" in text) == (protocol == "desam")
     assert ("IoU over all unseen pixels" in text) == (protocol == "dcam")
+    assert ("mIoU, over all pixels of a site" in text) == (protocol == "dcam")
+    assert "In brackets" not in text  # no case of the source is among them
     assert ("mean over all unseen cases as one group" in text) == (protocol == "desam")
 
 

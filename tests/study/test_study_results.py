@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from nnunet_dgplugins.budget import TRAINING, Budget
+from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import by_seed, differences, matrix
 from nnunet_dgplugins.evaluation.report.page import write_report
@@ -19,6 +19,7 @@ from nnunet_dgplugins.study.report import read_study_results
 from nnunet_dgplugins.study.results import collect, markdown, printed, write_results
 from nnunet_dgplugins.study.state import State
 from nnunet_dgplugins.study.tasks import Run, Task
+from nnunet_dgplugins.trainers.costs import TRAINING
 
 STUDY = Study(
     name="made",

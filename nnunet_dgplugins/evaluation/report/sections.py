@@ -100,12 +100,12 @@ def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas
             if (line.dataset, line.source) == (dataset, source):
                 cells = [f"{line.targets[to]:.3f}" if to in line.targets else "-" for to in (_MEAN, *averages, *sites)]
                 rows.append([str(source), line.title, *cells])
-    seen = TRAINING if TRAINING in set(part["split"]) else "held-out"
-    notes = [f"In brackets: the source's {seen} cases.", *_caveats(report, dataset)]
-    title = metric_of(report).title
-    return Table(
-        f"{title}, mean over cases and classes", ["source", "method", _MEAN, *averages, *sites], rows, 2, notes
-    )
+    notes = _caveats(report, dataset)
+    if own_cases := set(part["split"]) - {UNSEEN}:
+        notes = [f"In brackets: the source's {TRAINING if TRAINING in own_cases else 'held-out'} cases.", *notes]
+    how = "over all pixels of a site" if report.metric in dcam_protocol.METRICS else "mean over cases and classes"
+    heading = ["source", "method", _MEAN, *averages, *sites]
+    return Table(f"{metric_of(report).title}, {how}", heading, rows, 2, notes)
 
 
 def _caveats(report: Report, dataset: str) -> list[str]:
