@@ -57,7 +57,7 @@ def _values(run: Run) -> list[pandas.DataFrame]:
     found = []
     for file, split in (("source.csv", _own_split(run)), ("unseen.csv", UNSEEN)):
         if (run.folder / file).is_file():
-            part = pandas.read_csv(run.folder / file, dtype={"case": str, "patient": str})
+            part = pandas.read_csv(run.folder / file, dtype=dict.fromkeys(("case", "patient", "site", "class"), str))
             labels = {"method": run.method, "dataset": run.dataset, "source": run.source, "seed": run.seed}
             found.append(part.rename(columns={"site": "target"}).assign(**labels, ratio=run.ratio, split=split))
     return found

@@ -65,6 +65,14 @@ def test_every_value_is_one_line_with_its_run(tmp_path: Path):
     assert not table.duplicated(["method", "seed", "case", "class", "metric"]).any()
 
 
+def test_a_site_whose_name_is_a_number_is_text(tmp_path: Path):
+    tasks = made(tmp_path)
+    for file in tmp_path.rglob("*.csv"):
+        written = pandas.read_csv(file)
+        written.assign(site=written["site"].map({"A": 2012, "B": 2013, "C": 2014})).to_csv(file, index=False)
+    assert set(collect(tasks)["target"]) <= {"2012", "2013", "2014"}
+
+
 def test_the_matrix_has_mean_and_spread_over_seeds(tmp_path: Path):
     lines = matrix(collect(made(tmp_path))).set_index(["method", "target"])
     # site B, stock: cases 0.50 to 0.53, seeds 0.02 apart
