@@ -343,6 +343,7 @@ def test_a_killed_run_started_again_gives_the_same_bytes(preprocessed: Path):
     assert len(resumed) == 16
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_no_harm(preprocessed: Path):
     write_case(preprocessed, "case_a", np.random.default_rng(1).normal(size=(1, 8, 24, 30)))
     process = _start(preprocessed)

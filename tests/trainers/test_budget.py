@@ -209,6 +209,7 @@ def test_no_transform_of_a_stock_trainer_chooses_by_a_clock(world: World):
     assert [blur.benchmark for blur in blurs] == [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ALL)
 @pytest.mark.parametrize("budget", [Budget(epochs=3), Budget(iterations=5)], ids=["epochs", "iterations"])
 def test_a_stopped_training_ends_as_an_uninterrupted_one(world: World, trainer: str, budget: Budget):

@@ -21,6 +21,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["mid-epoch", "saving"])
 def test_a_killed_training_ends_with_the_same_bits_as_an_uninterrupted_one(tagged: World, moment: str):
     tagged.settings(epochs=4)

@@ -20,6 +20,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "moment", "options"),
     [
