@@ -56,6 +56,12 @@ class EquivariantSettings(TrainingSettings):
     threshold: float = setting(
         0.5, "A pixel is foreground where the fused map is above this.", "0.5 in an early release", minimum=0, maximum=1
     )
+    choose_threshold: bool = setting(
+        False,
+        "After training take, of 0.2 to 0.8, the threshold with the best mean Dice over the validation volumes whose "
+        "masks are known; `threshold` stays where none is.",
+        "the paper's code reports all seven",
+    )
     fusion: str | int = setting(
         "mean", "One map of all modalities': mean, max, or the number of a modality. Published: each by itself."
     )

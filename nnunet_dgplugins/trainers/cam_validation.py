@@ -23,7 +23,7 @@ from nnunet_dgplugins.trainers.validation import known_mask, predicted_logits
 FILE = "cam_dice.json"
 
 
-def validate_maps(trainer: Any, save_probabilities: bool) -> None:
+def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, float], dict[float, float]]:
     """Write the validation cases' predictions, and the Dice per volume of those whose mask is known.
 
     ``validation_cam/cam_dice.json`` has the Dice of every such case at the deployed threshold and at 0.2 to 0.8. Slices
@@ -33,6 +33,9 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
     Args:
         trainer: with its network trained.
         save_probabilities: also write nnU-Net's .npz files.
+
+    Returns:
+        Dice per case at the deployed threshold and mean Dice at each; both empty where no mask is known.
     """
     folder = Path(trainer.output_folder) / CAM_VALIDATION
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,11 +61,9 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
             dice = volume_dice(np.where(unknown, 0, maps), truth == 1, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     deployed = {case: own[f"{round(threshold, 6):g}"] for case, own in scores.items()}
-    summary = folder.parent / "validation" / "summary.json"  # the last file: what has it is validated
     if not scores:
         trainer.print_to_log_file("Validation cases predicted; no masks of them are known, so no Dice.")
-        _write_summary(summary, deployed)
-        return
+        return {}, {}
     means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
     values = list(deployed.values())
     trainer.logger.log_summary("final_val/foreground_dice", float(np.mean(values)))
@@ -72,11 +73,15 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> None:
         f"{len(values)} validation cases; other thresholds: "
         + ", ".join(f"{level} {value:.3f}" for level, value in means.items())
     )
-    _write_summary(summary, deployed)
+    return deployed, {level: means[f"{level:g}"] for level in levels}
 
 
-def _write_summary(path: Path, dice: dict[str, float]) -> None:
-    """Write the summary that nnU-Net's zip export asks for, with Dice against masks; null where none is known."""
+def write_summary(trainer: Any, dice: dict[str, float]) -> None:
+    """Write the summary that nnU-Net's zip export asks for, with Dice against masks; null where none is known.
+
+    It is the last file of a validation: a fold that has it is validated.
+    """
+    path = Path(trainer.output_folder) / "validation" / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     mean = {"Dice": float(np.mean(list(dice.values()))) if dice else None}
     cases = [{"case": case, "metrics": {"1": {"Dice": value}}} for case, value in dice.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.methods.cam import standardise
 from nnunet_dgplugins.methods.equivariant import transforms
 from nnunet_dgplugins.methods.equivariant.losses import Terms, cross_entropy, terms
+from nnunet_dgplugins.methods.equivariant.maps import THRESHOLDS
 from nnunet_dgplugins.methods.equivariant.network import UNetCAM, grouped_pass, separate_pass
 from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, rounded, shown_in
 from nnunet_dgplugins.methods.equivariant.step import branches, one_graph_at_a_time
 from nnunet_dgplugins.settings import EquivariantSettings
 from nnunet_dgplugins.trainers.base import derived_seed
-from nnunet_dgplugins.trainers.cam_validation import validate_maps
+from nnunet_dgplugins.trainers.cam_validation import validate_maps, write_summary
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer
 
 _DRAWS_SEED = 4
@@ -48,9 +50,10 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
     settings_class = EquivariantSettings
     settings: EquivariantSettings
     network: CAMSegmenter
-    # the last three decide how maps become masks after training, and may be changed then
+    # the last four decide how maps become masks after training, and may be changed then
     free_settings = WholeSliceTrainer.free_settings | {
-        "channels_last", "one_graph_at_a_time", "forwards", "derive_tags", "threshold", "fusion", "gate",
+        "channels_last", "one_graph_at_a_time", "forwards", "derive_tags",
+        "threshold", "choose_threshold", "fusion", "gate",
     }  # fmt: skip
     reads_tags = True
     lr_exponent = 0.0
@@ -261,9 +264,22 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases; score them per volume against masks where there are any, never against tags."""
-        if not self.disable_checkpointing:  # how maps become masks may have been changed since the training
+        self._write_plans()  # how maps become masks may have been changed since the training
+        cases, dice = validate_maps(self, save_probabilities)
+        if self.settings.choose_threshold and dice:
+            best = max(THRESHOLDS, key=dice.__getitem__)
+            self.print_to_log_file(f"Threshold {best:g} is the best for the validation volumes, and the model's.")
+            if best != self.network.threshold:
+                self.network.threshold = best
+                self.settings = replace(self.settings, threshold=best)
+                self._write_into_plans()
+                self._write_plans()
+                cases, _ = validate_maps(self, save_probabilities)
+        write_summary(self, cases)
+
+    def _write_plans(self) -> None:
+        if not self.disable_checkpointing:
             write_json(Path(self.output_folder_base) / "plans.json", self.plans_manager.plans)
-        validate_maps(self, save_probabilities)
 
 
 class _Slices:

@@ -18,7 +18,7 @@ from nnunet_dgplugins.data.tags import slice_tags
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.panels import Panel
 from nnunet_dgplugins.files import CAM_VALIDATION, VALIDATION_MASKS
-from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, KINDS, fuse
+from nnunet_dgplugins.methods.equivariant.maps import FUSIONS, KINDS, fuse, fuse_positive
 from nnunet_dgplugins.methods.equivariant.segmenter import CAMSegmenter, logits_of
 from nnunet_dgplugins.trainers.cam_validation import in_file_geometry
 from nnunet_dgplugins.trainers.deployed import Rebuilt
@@ -101,10 +101,10 @@ class EquivariantDrawer(Drawer):
         for start in range(0, data.shape[1], _SLICES):
             shown = data[:, start : start + _SLICES].transpose(0, 1).to(device)
             found = self._network.found(shown, self._kind)
-            fused = fuse(found.maps if self._gate == "none" else found.gated(), self._fusion)
             if self._gate == "tag":
-                silent = ~found.present.bool().any(1).view(-1, 1, 1)
                 own = tags[start : start + _SLICES].to(device).view(-1, 1, 1)
-                fused = torch.where(silent, fuse(found.maps, self._fusion), fused) * own
+                fused = fuse_positive(found, self._fusion) * own
+            else:
+                fused = fuse(found.maps if self._gate == "none" else found.gated(), self._fusion)
             made.append(fused)
         return torch.cat(made).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,34 @@ def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged:
     assert result["cases"]["case_0"]["0.5"] == pytest.approx(2 * (drawn & truth).sum() / total, abs=1e-9)
     summary = json.loads((folder.parent / "validation" / "summary.json").read_text())
     assert summary["foreground_mean"]["Dice"] == result["mean"]["0.5"]
+
+
+def test_the_threshold_may_be_chosen_by_the_validation_volumes_and_stays_with_the_model(tagged: World):
+    tagged.use(TAGGED, own=True)
+    asked = {"epochs": 2, "iterations_per_epoch": 8, "gate": "none", "fusion": "max"}
+    tagged.settings(**asked, threshold=0.2)
+    tagged.command(TRAINER)
+    model = tagged.model(TRAINER)
+    fold = model / "fold_0"
+    drawn = fold / "validation_cam" / f"case_0{ENDING}"
+    expected = tagged.predict(model)
+    assert any(mask.any() for mask in expected)
+    shutil.copyfile(drawn, tagged.raw / "labelsVal" / drawn.name)  # the truth is the map above 0.2
+    tagged.settings(**asked)
+    tagged.command(TRAINER, only_run_validation=True)
+    at_half = json.loads((fold / "validation_cam" / "cam_dice.json").read_text())
+    assert at_half["threshold"] == 0.5
+    assert at_half["mean"]["0.5"] < at_half["mean"]["0.2"] == pytest.approx(1, abs=0.01)  # a tie lies on either side
+    tagged.settings(**asked, choose_threshold=True)
+    tagged.command(TRAINER, only_run_validation=True)
+    chosen = json.loads((fold / "validation_cam" / "cam_dice.json").read_text())
+    assert chosen == {**at_half, "threshold": 0.2}
+    assert (
+        json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"]
+        == chosen["mean"]["0.2"]
+    )
+    tagged.no_settings()  # prediction knows it from the model alone
+    assert all(np.array_equal(a, b) for a, b in zip(tagged.predict(model), expected, strict=True))
 
 
 def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):

@@ -80,3 +80,17 @@ def fuse(maps: Tensor, fusion: str | int = "mean") -> Tensor:
     if isinstance(fusion, int) and 0 <= fusion < maps.shape[1]:
         return maps[:, fusion]
     raise ValueError(f"fusion is mean, max or the number of a modality below {maps.shape[1]}, got {fusion!r}.")
+
+
+def fuse_positive(found: Found, fusion: str | int = "mean") -> Tensor:
+    """Fuse the maps of slices that are known to be positive (N, H, W).
+
+    A network that calls a slice negative does not count there, unless all do: with its map as zeros the mean of two
+    could not pass 0.5, and a known positive would be left without a voxel. One named modality always has its map.
+    """
+    if isinstance(fusion, int):
+        return fuse(found.maps, fusion)
+    counts = found.present.bool()
+    counts = counts | ~counts.any(1, keepdim=True)
+    kept = found.maps * counts[:, :, None, None]
+    return fuse(kept, fusion) * (counts.shape[1] / counts.sum(1)[:, None, None] if fusion == "mean" else 1)
