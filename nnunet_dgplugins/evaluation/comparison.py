@@ -25,9 +25,13 @@ _GROUP = ["dataset", "ratio", "source"]
 
 
 def told_apart(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Return the table with another target name for the source's own cases where unseen cases have the same site."""
-    unseen = set(table.loc[table["split"] == UNSEEN, "target"])
-    both = (table["split"] != UNSEEN) & table["target"].isin(unseen)
+    """Return the table with another target name for a source's own cases where its unseen cases have the same site.
+
+    Sites that are unseen from another source alone keep their name: they are the matrix's diagonal.
+    """
+    unseen = table["split"] == UNSEEN
+    met = unseen.groupby([table[key] for key in (*_GROUP, "target")], dropna=False).transform("any")
+    both = ~unseen & met
     return table.assign(target=table["target"].where(~both, table["target"] + " (" + table["split"] + ")"))
 
 

@@ -104,6 +104,18 @@ def test_own_cases_of_a_site_that_is_unseen_too_are_told_apart():
     assert told_apart(own)["target"].tolist() == own["target"].tolist()
 
 
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_source_keeps_its_name_where_only_other_sources_have_it_unseen(ratio: float | None):
+    one = table({"ours": [0.1] * 4}).assign(ratio=ratio)
+    first = one.assign(split=one["target"].map({"B": "validation", "C": "unseen"}), source="B")
+    second = one.assign(split=one["target"].map({"B": "unseen", "C": "validation"}), source="C")
+    apart = told_apart(pandas.concat([first, second], ignore_index=True))
+    assert set(apart["target"]) == {"B", "C"}
+    lines = matrix(apart).set_index(["method", "source", "target"])["split"]
+    assert lines.loc[("ours", "B", "B")] == lines.loc[("ours", "C", "C")] == "validation"
+    assert lines.loc[("ours", "B", "C")] == lines.loc[("ours", "C", "B")] == "unseen"
+
+
 def test_numbers_over_pixels_have_no_values_of_patients_to_test():
     pixels = table({"ours": [0.1] * 4}, metric="pixels_right")
     assert all(function(pixels, "stock", "miou").empty for function in (paired_tests, wins))
