@@ -57,7 +57,11 @@ def _values(run: Run) -> list[pandas.DataFrame]:
     found = []
     for file, split in (("source.csv", _own_split(run)), ("unseen.csv", UNSEEN)):
         if (run.folder / file).is_file():
-            part = pandas.read_csv(run.folder / file, dtype=dict.fromkeys(("case", "patient", "site", "class"), str))
+            # a site may be called NA: what is missing is an empty cell, and only of these columns
+            part = pandas.read_csv(
+                run.folder / file, dtype=dict.fromkeys(("case", "patient", "site", "class"), str),
+                keep_default_na=False, na_values={"case": [""], "patient": [""], "value": ["", "nan"]},
+            )  # fmt: skip
             labels = {"method": run.method, "dataset": run.dataset, "source": run.source, "seed": run.seed}
             found.append(part.rename(columns={"site": "target"}).assign(**labels, ratio=run.ratio, split=split))
     return found

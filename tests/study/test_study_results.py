@@ -73,6 +73,24 @@ def test_a_site_whose_name_is_a_number_is_text(tmp_path: Path):
     assert set(collect(tasks)["target"]) <= {"2012", "2013", "2014"}
 
 
+def test_sites_classes_and_cases_whose_names_look_like_nothing_are_text(tmp_path: Path):
+    tasks = made(tmp_path)
+    for file in tmp_path.rglob("*.csv"):
+        written = pandas.read_csv(file)
+        written["site"] = written["site"].map({"A": "NA", "B": "None", "C": "nan"})
+        written = written.assign(**{"class": "null"}).replace({"case": {"B0": "NaN"}, "patient": {"B/0": None}})
+        written.loc[written["case"] == "B1", "value"] = None
+        written.to_csv(file, index=False)
+    table = write_results(tasks, STUDY, tmp_path)
+    assert set(table["target"]) == {"NA", "None", "nan"}
+    assert set(table["class"]) == {"null"}
+    assert (table["case"] == "NaN").sum() == table["patient"].isna().sum() == 2 * 2 * 2
+    assert table["value"].isna().sum() == 2 * 2 * 2
+    report = read_study_results(tmp_path)
+    assert sorted(report.table["target"].unique()) == ["NA", "None", "nan"]
+    pandas.testing.assert_series_equal(report.table["value"], table["value"])
+
+
 def test_the_matrix_has_mean_and_spread_over_seeds(tmp_path: Path):
     lines = matrix(collect(made(tmp_path))).set_index(["method", "target"])
     # site B, stock: cases 0.50 to 0.53, seeds 0.02 apart
