@@ -39,7 +39,7 @@ class SlurmExecutor:
         options: what tasks ask for.
         alive: jobs of an earlier driver that still wait or run; their tasks are not submitted again.
         every: seconds between questions to squeue.
-        lag: seconds that a file may need from a node to here.
+        lag: seconds that a file may need from a node to here; NFS may hide a new one for a minute.
 
     Raises:
         UserError: submitit or SLURM's commands are not installed.
@@ -48,7 +48,7 @@ class SlurmExecutor:
     lasting = True
 
     def __init__(
-        self, out: Path, options: Slurm, alive: Iterable[Sent] = (), every: float = 30.0, lag: float = 30.0
+        self, out: Path, options: Slurm, alive: Iterable[Sent] = (), every: float = 30.0, lag: float = 90.0
     ):  # fmt: skip
         self._submitit = _submitit()
         self.out, self.options, self.slots = out, options, options.queue
@@ -143,8 +143,8 @@ class SlurmExecutor:
     def _read_exits(self) -> None:
         ended = {batch: batch.ended() for batch in self._batches()}
         for job in list(self._open.values()):
-            if job.batch and job.task.key in ended[job.batch]:
-                self._close(job, *job.batch.left(job.task.key))
+            if job.batch and job.task.key in ended[job.batch] and (left := job.batch.left(job.task.key)):
+                self._close(job, *left)
 
     def _batches(self) -> set[Batch]:
         return {job.batch for job in self._open.values() if job.batch}
@@ -178,10 +178,17 @@ class SlurmExecutor:
             job.again()
             self._new.append(job)
             return
-        job.explain(entry)
-        if job.batch:
-            job.batch.leave(job.task.key, 1, job.seconds())
-        self._close(job, 1, job.seconds())
+        # a task that fails makes its job fail, so a completed job is a task that ended well
+        code, seconds = 0 if entry and entry.state == "COMPLETED" else 1, job.seconds()
+        before = job.batch.left(job.task.key) if job.batch else None
+        if before:
+            code, seconds = before
+        else:
+            if code:
+                job.explain(entry)
+            if job.batch:
+                job.batch.leave(job.task.key, code, seconds)
+        self._close(job, code, seconds)
 
     def _close(self, job: SlurmJob, code: int, seconds: float) -> None:
         del self._open[job.number]

@@ -7,6 +7,7 @@ is followed by one that finds its jobs again.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -105,9 +106,15 @@ class Batch:
         """Note how a task ended."""
         write_json(self.exit_file(key), {"code": code, "seconds": seconds})
 
-    def left(self, key: str) -> tuple[int, float]:
-        """Return exit code and seconds of an ended task."""
-        content = read_json(self.exit_file(key))
+    def left(self, key: str) -> tuple[int, float] | None:
+        """Return exit code and seconds of a task, None where it has left none; its file is asked for by its name.
+
+        A disk of the network may list a file late that it opens already.
+        """
+        try:
+            content = json.loads(self.exit_file(key).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
         return int(content["code"]), float(content["seconds"])
 
     def output(self, job: str) -> str:
@@ -187,7 +194,7 @@ def survey(out: Path) -> list[Sent]:
             found += [Sent(batch, "", batch.name, one.job, one) for one in entries if one.name == batch.name]
         for index, (key, name) in enumerate(batch.tasks):
             job = batch.jobs[index] if batch.jobs else ""
-            code, seconds = batch.left(key) if key in ended else (None, 0.0)
+            code, seconds = (batch.left(key) if key in ended else None) or (None, 0.0)
             found.append(Sent(batch, key, name, job, by_job.get(job), code, seconds))
     return found
 

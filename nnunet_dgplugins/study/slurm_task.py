@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_dgplugins.files import write_json
+from nnunet_dgplugins.files import read_json, write_json
 from nnunet_dgplugins.study.local import surroundings
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ class OnNode:
         """Run the command.
 
         Raises:
-            RuntimeError: it failed; SLURM then calls the job failed too.
+            RuntimeError: it failed; SLURM then calls the job failed too, and COMPLETED means that it ended well.
         """
-        if Path(self.exit_file).is_file():
-            return  # put back behind its end
+        if Path(self.exit_file).is_file():  # put back behind its end
+            if code := read_json(self.exit_file)["code"]:
+                raise RuntimeError(f"{self.name}: has failed with {code}, see {self.log}")
+            return
         asked_to_end: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, frame: asked_to_end.append(number))
         attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1

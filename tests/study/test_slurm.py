@@ -224,7 +224,7 @@ def test_a_study_survives_a_preempted_training_and_a_killed_driver(tmp_path: Pat
     study = [str(Path(sys.executable).parent / "dgplugins"), "study", str(file)]
     before = numbers()
     driver = subprocess.Popen([*study, "--slurm", str(cluster)], env=environment)
-    wait(lambda: driver.poll() is not None or running_training(out), "a running training", 2400)
+    wait(lambda: driver.poll() is not None or running_training(out), "a running training", 900)
     urgent()
     driver.kill()
     driver.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from nnunet_dgplugins.cli.study import command
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.study import slurm
 from nnunet_dgplugins.study.slurm_file import Resources, Slurm, read_slurm
-from nnunet_dgplugins.study.slurm_queue import NoAnswer, resume, survey
+from nnunet_dgplugins.study.slurm_queue import Batch, NoAnswer, resume, survey
 from nnunet_dgplugins.study.slurm_task import OnNode
 from nnunet_dgplugins.study.state import State
 from nnunet_dgplugins.study.tasks import Task
@@ -134,6 +135,27 @@ def test_a_task_of_a_lost_node_is_submitted_again_and_a_job_out_of_memory_is_a_f
     assert "SLURM ended job 1_1: OUT_OF_MEMORY (OutOfMemory). Give its tasks more `memory`." in jobs[1].log.read_text()
 
 
+@pytest.mark.parametrize("state", ["COMPLETED", "FAILED"])
+def test_a_file_that_the_disk_lists_late_decides_and_is_never_overwritten(
+    tmp_path: Path, scripts: Path, monkeypatch: pytest.MonkeyPatch, state: str
+):
+    executor = slurm.SlurmExecutor(tmp_path, Slurm(), every=0.0, lag=0.0)
+    jobs = started(tmp_path, tasks(2), executor)
+    assert jobs[0].batch
+    real = jobs[0].batch.exit_file(jobs[0].task.key)
+    jobs[0].batch.leave(jobs[0].task.key, 3, 7.0)
+    monkeypatch.setattr(Batch, "ended", lambda self: set())
+    queue = scripts / "queue"
+    queue.write_text(queue.read_text().replace("PENDING|Priority", f"{state}|None"))
+    executor.look()
+    assert [job.result() for job in jobs] == [3, 0 if state == "COMPLETED" else 1]
+    assert jobs[0].seconds() == 7.0
+    assert json.loads(real.read_text()) == {"code": 3, "seconds": 7.0}
+    assert jobs[1].batch
+    assert jobs[1].batch.left(jobs[1].task.key) == (jobs[1].result(), 0.0)
+    assert jobs[1].log.exists() == (state == "FAILED")  # the reason stands there
+
+
 def test_a_silent_controller_is_waited_for_and_then_the_driver_ends(
     tmp_path: Path, scripts: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -170,9 +192,9 @@ def test_a_node_leaves_the_exit_code_and_does_not_repeat_what_ended(tmp_path: Pa
     call = OnNode("task", words, {}, str(tmp_path / "log"), str(tmp_path / "exit.json"))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(RuntimeError, match="failed with 4"):
-            call()
-        call()
+        for _ in range(2):  # put back behind its end it is still a failure: COMPLETED always means success
+            with pytest.raises(RuntimeError, match="failed with 4"):
+                call()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "trace").read_text() == "x"
