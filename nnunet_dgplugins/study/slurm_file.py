@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from nnunet_dgplugins.study.file import _misfit
 
 #: options of sbatch that are decided here
 _OURS = {"array", "error", "gpus-per-node", "job-name", "open-mode", "output", "time", "wrap"}
+_TIME = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d)")
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Resources:
         partition: one, or several with commas; None: the cluster's own choice.
         account: who pays.
         qos: quality of service.
-        time: minutes of one attempt. A task that needs longer is put back into the queue, where trainings go on from
-            their last epoch.
+        time: minutes of one attempt; a file may say ``4:00:00`` too. A task that needs longer is put back into the
+            queue, where trainings go on from their last epoch.
         cpus: cores.
         gpus: a number, or kind and number (``a100:1``); 0 for tasks without a GPU.
         memory: as sbatch takes it, e.g. ``32G``; None: the cluster's own choice.
@@ -72,7 +74,8 @@ class Slurm:
 
     Args:
         gpu: of tasks that use a GPU: those whose command names ``cuda``.
-        cpu: of all others: the same, without a GPU, with what stands under ``cpu``.
+        cpu: of all others: the same, without a GPU, with what stands under ``cpu``; without ``sbatch`` where that
+            names a partition, whose nodes need not have what it asks for.
         queue: tasks in the queue at a time, waiting or running.
         requeues: how often a task is put back because its time was over or its node was lost.
     """
@@ -91,8 +94,12 @@ def read_slurm(path: Path) -> Slurm:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Leaves 4:00:00 as text, which YAML 1.1 takes for a number of base 60."""
+
+    Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader) or {}  # a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from error
     problems: list[Problem] = []
@@ -106,7 +113,21 @@ def read_slurm(path: Path) -> Slurm:
         problems.append(Problem("queue, requeues", f"{own}", "queue from 1, requeues from 0"))
     if problems:
         raise BadInput(f"{path} is not a SLURM file", problems)
-    return Slurm(Resources(**values), Resources(**{**values, **cpu, "gpus": 0}), **own)
+    shared = {key: value for key, value in values.items() if key != "sbatch" or "partition" not in cpu}
+    return Slurm(Resources(**values), Resources(**{**shared, **cpu, "gpus": 0}), **own)
+
+
+def _whole_number(loader: Any, node: Any) -> Any:
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+def _minutes(text: str) -> int | None:
+    """Return hours:minutes:seconds as minutes, rounded up; None of other text: sbatch takes 4:00 for minutes."""
+    found = _TIME.fullmatch(text)
+    if not found:
+        return None
+    hours, minutes, seconds = map(int, found.groups())
+    return 60 * hours + minutes + (seconds > 0)
 
 
 def _known(where: str, content: Any, hints: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
@@ -117,9 +138,12 @@ def _known(where: str, content: Any, hints: Mapping[str, Any], problems: list[Pr
     found = {}
     for key, given in content.items():
         value: Any = tuple(given) if isinstance(given, list) else given
+        if key == "time" and isinstance(given, str):
+            value = given if (minutes := _minutes(given)) is None else minutes
         if key not in hints:
             problems.append(Problem(f"{where}{key}", f"unknown key{nearest(str(key), hints)}"))
         elif expected := _misfit(value, hints[key]):
+            expected += " of minutes, or hours:minutes:seconds" if key == "time" else ""
             problems.append(Problem(f"{where}{key}", repr(value), expected))
         elif key in ("time", "cpus") and value < 1:
             problems.append(Problem(f"{where}{key}", repr(value), "1 or more"))

@@ -209,11 +209,33 @@ def test_a_slurm_file_says_what_tasks_without_a_gpu_take_instead(tmp_path: Path)
     )
     options = read_slurm(file)
     assert options.queue == 50
-    shared = {"setup": ("module load cuda",), "sbatch": {"constraint": "big"}}
-    assert options.gpu == Resources(partition="gpu", time=600, gpus="a100:1", **shared)
-    assert options.cpu == Resources(partition="cpu", time=30, gpus=0, **shared)
+    setup, sbatch = ("module load cuda",), {"constraint": "big"}
+    assert options.gpu == Resources(partition="gpu", time=600, gpus="a100:1", setup=setup, sbatch=sbatch)
+    assert options.cpu == Resources(partition="cpu", time=30, gpus=0, setup=setup)  # whose nodes are not big
+    file.write_text("{sbatch: {reservation: ours}, cpu: {time: 30}}")
+    assert read_slurm(file).cpu.sbatch == {"reservation": "ours"}  # on the same partition
+    file.write_text("{sbatch: {constraint: big}, cpu: {partition: cpu, sbatch: {constraint: small}}}")
+    assert read_slurm(file).cpu.sbatch == {"constraint": "small"}
     file.write_text("")
     assert read_slurm(file) == Slurm()
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"), [("240", 240), ("4:00:00", 240), ("'4:00:00'", 240), ("00:59:01", 60), ("100:00:00", 6000)]
+)
+def test_a_time_is_minutes_or_hours_minutes_seconds(tmp_path: Path, written: str, minutes: int):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"{{time: {written}, cpu: {{time: {written}}}}}")
+    options = read_slurm(file)
+    assert (options.gpu.time, options.cpu.time) == (minutes, minutes)
+
+
+@pytest.mark.parametrize("written", ["4:00", "'4:00'", "1-00:00:00", "0:00:00"])
+def test_a_time_that_may_mean_two_things_or_nothing_is_refused(tmp_path: Path, written: str):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"time: {written}")
+    with pytest.raises(BadInput, match="time"):
+        read_slurm(file)
 
 
 def test_a_bad_slurm_file_is_refused_with_all_its_problems(tmp_path: Path):
