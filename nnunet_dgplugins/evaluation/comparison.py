@@ -6,7 +6,7 @@ several folders of predictions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nnunet_dgplugins.evaluation import dcam_protocol
@@ -150,28 +150,30 @@ def _gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> 
 
 
 def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
-    """Return the same of numbers over all pixels; seeds that one of the two lacks do not count."""
+    """Return the same of numbers over all pixels; cases of a seed that one of the two lacks do not count."""
     import numpy as np
 
     pair = [method, baseline]
-    seeds = set.intersection(*(set(table.loc[table["method"] == name, "seed"]) for name in pair))
-    both = table[table["method"].isin(pair) & table["seed"].isin(seeds) & table["metric"].isin(dcam_protocol.COUNTS)]
+    both = table[table["method"].isin(pair) & table["metric"].isin(dcam_protocol.COUNTS)]
+    both = both[both.groupby(["target", "case", "seed"], dropna=False)["method"].transform("nunique") == len(pair)]
     if both.empty:
         return {}
     random = np.random.default_rng(0)
     middle: list[Any] = []
     drawn: list[Any] = []
+    spread = False
     for _, part in both.groupby("target", sort=False):
         names = [part[key].unique() for key in ("patient", "seed", "class")]
         sums = dcam_protocol.counts_of(part, ["patient", "method", "seed", "class"])
         order = [(p, m, s, c) for p in names[0] for m in pair for s in names[1] for c in names[2]]
         counts = sums.reindex(order, fill_value=0.0).to_numpy().reshape(len(names[0]), 2, *map(len, names[1:]), 3)
         count = len(counts)
+        spread |= count > 1
         weights = random.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
         for kept, times in ((middle, np.ones((1, count))), (drawn, weights)):
             scores = dcam_protocol.score(np.tensordot(times, counts, 1), metric).mean(-1)  # over seeds
             kept.append(scores[:, 0] - scores[:, 1])
-    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975])
+    low, high = np.quantile(np.mean(drawn, 0), [0.025, 0.975]) if spread else (np.nan, np.nan)
     ends = {"low": float(low), "high": float(high)}
     return {"difference": float(np.mean(middle)), **ends, "cases": both["case"].nunique()}
 
@@ -179,7 +181,8 @@ def _pixel_gains(table: pandas.DataFrame, method: str, baseline: str, metric: st
 def interval(gain: pandas.Series) -> dict[str, float]:
     """Return the mean over sites of the mean gain, with its interval; ``gain`` is indexed by target, patient, case.
 
-    Where no patient is known (canvases of protocol ``samsdg``, in which patients meet), the interval is NaN.
+    Where no patient is known (canvases of protocol ``samsdg``, in which patients meet), or no site has two, the
+    interval is NaN. A site of one patient beside larger ones adds nothing to its width.
     """
     import numpy as np
 
@@ -188,15 +191,17 @@ def interval(gain: pandas.Series) -> dict[str, float]:
         return {"difference": float(sites_alone.mean()), "low": float("nan"), "high": float("nan")}
     random = np.random.default_rng(0)
     drawn = np.zeros(_RESAMPLES)
+    spread = False
     middle = []
     sites = list(gain.groupby(level="target"))
     for _, part in sites:
         patients = part.groupby(level="patient")
         total, count = patients.sum().to_numpy(), patients.count().to_numpy()
+        spread |= len(total) > 1
         chosen = random.integers(len(total), size=(_RESAMPLES, len(total)))
         drawn += total[chosen].sum(1) / count[chosen].sum(1) / len(sites)
         middle.append(total.sum() / count.sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, [0.025, 0.975]) if spread else (np.nan, np.nan)
     return {"difference": float(np.mean(middle)), "low": float(low), "high": float(high)}
 
 
@@ -256,7 +261,7 @@ def wins(table: pandas.DataFrame, baseline: str, metric: str = "dice") -> pandas
 def intervals(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
     """Return the 95 % interval of every method's mean at every unseen site, patients drawn with replacement.
 
-    Not for numbers over pixels (protocol ``dcam``).
+    Not for numbers over pixels (protocol ``dcam``), nor for a site of one patient.
 
     Returns:
         Per dataset, ratio, source, method and target (``mean unseen`` too): ``low``, ``high``, ``cases``.
@@ -277,6 +282,43 @@ def intervals(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame
                 continue
             rows.append({**where, "target": target, "low": found["low"], "high": found["high"], "cases": len(own)})
     return pandas.DataFrame(rows, columns=[*_GROUP, "method", "target", "low", "high", "cases"])
+
+
+def sites_of_one(table: pandas.DataFrame) -> list[str]:
+    """Return the unseen sites that have one patient for some source: their patients have no spread to draw from."""
+    unseen = table[table["split"] == UNSEEN]
+    counts = unseen.groupby([*_GROUP, "target"], dropna=False, sort=False)["patient"].nunique()
+    return sorted({str(where[-1]) for where, count in counts.items() if count == 1})
+
+
+def by_class(table: pandas.DataFrame, metrics: Iterable[str]) -> pandas.DataFrame:
+    """Return each class's numbers at every unseen site: means over cases, then over seeds.
+
+    Args:
+        table: tidy.
+        metrics: of interest; of protocol ``dcam`` ``iou``, over all pixels of a site.
+
+    Returns:
+        Per dataset, ratio, source, method, target, class and metric: ``mean``, ``sd``, ``seeds``.
+    """
+    import pandas
+
+    keys = [*_GROUP, "method", "target", "class", "metric"]
+    unseen, metrics = table[table["split"] == UNSEEN], list(metrics)
+    if "iou" in metrics:
+        where = [*_GROUP, "method", "target", "seed"]
+        rows = [
+            (*values, name, metric, number)
+            for values, part in unseen.groupby(where, dropna=False, sort=False)
+            for (name, metric), number in dcam_protocol.pooled(part).items()
+            if metric == "iou"
+        ]
+        seeds = pandas.DataFrame(rows, columns=[*where, "class", "metric", "value"])
+    else:
+        chosen = unseen[unseen["metric"].isin(metrics)]
+        seeds = chosen.groupby([*keys, "seed"], dropna=False, sort=False)["value"].mean().reset_index()
+    grouped = seeds.groupby(keys, dropna=False, sort=False)["value"]
+    return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
 
 
 def _against(

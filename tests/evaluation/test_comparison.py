@@ -9,6 +9,7 @@ from scipy.stats import wilcoxon
 
 from nnunet_dgplugins.evaluation.comparison import (
     COLUMNS,
+    by_class,
     cell,
     differences,
     gain_text,
@@ -16,6 +17,7 @@ from nnunet_dgplugins.evaluation.comparison import (
     intervals,
     matrix,
     paired_tests,
+    sites_of_one,
     told_apart,
     wins,
 )
@@ -83,6 +85,32 @@ def test_a_source_without_the_baseline_is_left_out_and_no_error():
     for function in (paired_tests, wins, differences):
         assert set(function(both, "stock")["source"]) == {"A"}
     assert set(intervals(both)["source"]) == {"A", "Z"}
+
+
+def test_a_site_of_one_patient_has_no_interval_of_its_own():
+    whole = table({"ours": [0.1, 0.2, 0.3, 0.4]}, patients_of=2)
+    one = whole[whole["patient"] != "B/1"]
+    assert sites_of_one(whole) == []
+    assert sites_of_one(one) == ["B"]
+    found = intervals(one).set_index(["method", "target"])
+    assert ("ours", "B") not in found.index
+    ends = found.loc[("ours", "mean unseen")]  # of what C's two patients differ
+    assert (ends["low"], ends["high"]) == (pytest.approx(0.5 + (0.1 + 0.3) / 2), pytest.approx(0.5 + (0.1 + 0.4) / 2))
+    alone = one[one["patient"] != "C/3"]
+    assert intervals(alone).empty
+    (row,) = differences(alone, "stock").to_dict("records")
+    assert gain_text(row) == "+0.200"
+
+
+def test_classes_are_told_apart_by_site_with_their_spread_over_seeds():
+    organ = table({"ours": [0.1, 0.3, 0.2, 0.4]})
+    both = pandas.concat([organ, organ.assign(**{"class": "lesion"}, value=organ["value"] - 0.2)], ignore_index=True)
+    lines = by_class(both, ["dice"]).set_index(["method", "target", "class"])
+    assert len(lines) == 2 * 2 * 2
+    assert lines.loc[("ours", "B", "organ"), "mean"] == pytest.approx(0.7)
+    assert lines.loc[("ours", "C", "lesion"), "mean"] == pytest.approx(0.6)
+    assert lines.loc[("ours", "C", "lesion"), "sd"] == pytest.approx(0.02 / 2**0.5)
+    assert set(lines["seeds"]) == {2}
 
 
 def test_without_known_patients_there_is_a_difference_and_no_interval():

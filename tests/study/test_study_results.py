@@ -11,7 +11,7 @@ import pytest
 
 from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.evaluation.comparison import by_seed, differences, matrix
+from nnunet_dgplugins.evaluation.comparison import by_class, by_seed, differences, matrix
 from nnunet_dgplugins.evaluation.report.page import write_report
 from nnunet_dgplugins.files import write_json
 from nnunet_dgplugins.study.definition import Data, Method, Study
@@ -302,6 +302,26 @@ def test_differences_of_pixels_draw_patients_and_pair_seeds(tmp_path: Path):
     assert row["low"] == pytest.approx((7 / (10 + 8 - 7) + 9 / (10 + 12 - 9)) / 2 - 1 / 3)
     assert row["high"] == pytest.approx(1 - 1 / 3)
     assert differences(collect(counted(tmp_path / "b", {"ours": (1,), "stock": (0,)})), "stock", "miou").empty
+
+
+def test_differences_of_pixels_are_of_the_cases_that_both_methods_have(tmp_path: Path):
+    table = collect(counted(tmp_path))
+    lone = table[~((table["method"] == "stock") & (table["case"] == "B1"))]
+    (row,) = differences(lone, "stock", "miou").to_dict("records")
+    assert row["difference"] == pytest.approx(1 - 1 / 3)  # case B0 alone
+    assert row["cases"] == 1
+    assert row["low"] != row["low"]  # one patient has no spread
+    half = table[~((table["method"] == "stock") & (table["case"] == "B1") & (table["seed"] == 1))]
+    (row,) = differences(half, "stock", "miou").to_dict("records")
+    pooled = (17 / 21 + 19 / 23) / 2
+    assert row["difference"] == pytest.approx((pooled + 1) / 2 - 1 / 3)  # both cases of seed 0, one of seed 1
+
+
+def test_classes_of_pixels_are_told_apart_by_site(tmp_path: Path):
+    lines = by_class(collect(counted(tmp_path)), ["iou"]).set_index(["method", "target", "class"])
+    assert lines.loc[("stock", "B", "x"), "mean"] == pytest.approx(1 / 3)
+    assert lines.loc[("ours", "B", "x"), "mean"] == pytest.approx((17 / 21 + 19 / 23) / 2)  # seeds mirror each other
+    assert lines.loc[("ours", "B", "x"), "seeds"] == 2
 
 
 def test_the_table_of_a_dcam_study_shows_miou(tmp_path: Path):
