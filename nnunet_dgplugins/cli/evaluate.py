@@ -98,7 +98,8 @@ def command(
     if html_file:
         from nnunet_dgplugins.evaluation.report.page import beside
 
-        if csv_file and csv_file in beside(html_file):
+        numbers = {path.resolve() for path in beside(html_file)}
+        if csv_file and csv_file.resolve() in numbers:
             raise click.UsageError(f"--html writes {csv_file} too, one value a line: leave out --csv.")
     data = Dataset.load(dataset)
     if model:

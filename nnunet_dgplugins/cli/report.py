@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import click
@@ -47,9 +48,10 @@ def command(
     """
     from dataclasses import replace
 
-    from nnunet_dgplugins.errors import UserError, nearest
-    from nnunet_dgplugins.evaluation.report.page import write_report
+    from nnunet_dgplugins.errors import UserError
+    from nnunet_dgplugins.evaluation.report.page import beside, write_report
 
+    numbers = beside(out) if out else ()
     if not predictions:
         if labels or images or partial_folder or protocol != "standard":
             raise click.UsageError("--labels, --images, --partial and --protocol are for PREDICTIONS.")
@@ -58,15 +60,17 @@ def command(
         from nnunet_dgplugins.study.report import read_study_results
         from nnunet_dgplugins.study.results import FILE
 
+        own = (Path(what) / FILE).resolve()
+        if {own, own.with_suffix(".csv")} & {path.resolve() for path in numbers}:
+            raise UserError(f"{out}: its numbers would overwrite the study's own. Choose another name.")
         found = read_study_results(Path(what))
         out = out or Path(what) / "report.html"
-        if out.with_suffix("") == Path(what) / Path(FILE).stem:
-            raise UserError(f"{out}: its numbers would overwrite the study's own. Choose another name.")
     else:
         from nnunet_dgplugins.evaluation.evaluate import Dataset, evaluate
         from nnunet_dgplugins.evaluation.report.content import from_evaluations
 
         folders = _named(predictions)
+        _known(baseline, folders)
         data = Dataset.load(what)
         results = {
             name: evaluate(data, folder, labels, protocol=protocol, partial_folder=partial_folder, jobs=jobs)
@@ -75,11 +79,17 @@ def command(
         found = from_evaluations(results, next(iter(folders)), images)
         out = out or Path("report.html")
     if baseline is not None:
-        if baseline not in found.methods:
-            raise UserError(f"No method '{baseline}'{nearest(baseline, found.methods)}")
+        _known(baseline, found.methods)
         found = replace(found, baseline=baseline)
     for path in write_report(found, out):
         click.echo(f"{path}")
+
+
+def _known(baseline: str | None, methods: Collection[str]) -> None:
+    from nnunet_dgplugins.errors import UserError, nearest
+
+    if baseline is not None and baseline not in methods:
+        raise UserError(f"No method '{baseline}'{nearest(baseline, methods)}")
 
 
 def _named(predictions: tuple[str, ...]) -> dict[str, Path]:
