@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnunet_dgplugins import settings
+from nnunet_dgplugins.data.case_table import KEY
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import COLUMNS
 from nnunet_dgplugins.evaluation.report.content import Costs, Entry, Published, Report
@@ -35,7 +37,8 @@ def read_study_results(out: Path) -> Report:
             "(finished tasks are kept), it writes the file anew."
         )
     table = pandas.DataFrame(content["values"], columns=[*COLUMNS, "split"])
-    entries = [_entry(run, out) for run in content["runs"]]
+    drawn = _drawn(content["runs"], out)
+    entries = [replace(_entry(run, out), drawn=drawn.get(place)) for place, run in enumerate(content["runs"])]
     return Report(
         title=content["study"],
         table=table,
@@ -79,6 +82,25 @@ def _entry(run: Mapping[str, Any], out: Path) -> Entry:
         settings=_settings(folds[-1].parent) if folds else {},
         costs=costs,
     )
+
+
+def _drawn(runs: Sequence[Mapping[str, Any]], out: Path) -> dict[int, Path]:
+    """Return the page of pseudo labels that each run drew for another one, by its place in the list."""
+    models: dict[tuple[Any, ...], int] = {}
+    for place, run in enumerate(runs):
+        if run["folds"]:
+            models[run["dataset"], run["seed"], Path(run["folds"][-1]).parts[-3:]] = place
+    found = {}
+    for run in runs:
+        description, page = out / run["raw"] / "dataset.json", out / run["raw"] / PANELS
+        if not (description.is_file() and page.is_file()):
+            continue
+        origin = read_json(description).get(KEY, {}).get("protocol", {}).get("pseudo_labels", {})
+        # the model's dataset, folder and fold, and the name of its checkpoint; those of other seeds are called alike
+        model = tuple(str(origin.get("model", "")).split("/")[:3])
+        if (place := models.get((run["dataset"], run["seed"], model))) is not None:
+            found[place] = page
+    return found
 
 
 def _of_all(take: Callable[[list[float]], float], values: list[float | None]) -> float | None:

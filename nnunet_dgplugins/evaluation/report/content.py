@@ -50,6 +50,7 @@ class Entry:
         images: folders to look for their images in.
         file_ending: of all three.
         panels: page of maps and pseudo labels that the method learnt from, where there is one.
+        drawn: the same of those that it drew for another method.
         curves: name -> a value per epoch.
         settings: of the trainer, where it is one of this package.
         costs: what it took.
@@ -65,6 +66,7 @@ class Entry:
     images: Sequence[Path] = ()
     file_ending: str = ""
     panels: Path | None = None
+    drawn: Path | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     costs: Costs = Costs()
@@ -120,6 +122,16 @@ class Report:
     def methods(self) -> list[str]:
         """Names in the order of the table."""
         return [str(name) for name in self.table["method"].unique()]
+
+    @property
+    def kind(self) -> str:
+        """Which cases the page shows one by one: ``unseen``, or ``seen`` where none is unseen."""
+        return UNSEEN if (self.table["split"] == UNSEEN).any() else "seen"
+
+    @property
+    def compared(self) -> pandas.DataFrame:
+        """The table for what compares :data:`UNSEEN` cases; where none is unseen, all pass for it."""
+        return self.table if self.kind == UNSEEN else self.table.assign(split=UNSEEN)
 
 
 def from_evaluations(

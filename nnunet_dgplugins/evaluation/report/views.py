@@ -30,8 +30,8 @@ def views(report: Report) -> list[Section]:
 
 
 def case_values(report: Report, entry: Entry) -> pandas.DataFrame:
-    """Return columns ``case``, ``target``, ``value`` of an entry's unseen cases, the report's metric over classes."""
-    table = report.table
+    """Return columns ``case``, ``target``, ``value`` of an entry's cases, the report's metric over classes."""
+    table = report.compared
     own = table[
         (table["method"] == entry.method) & (table["dataset"] == entry.dataset) & (table["source"] == entry.source)
         & (table["seed"] == entry.seed) & (table["split"] == UNSEEN)
@@ -112,44 +112,50 @@ def _number(value: float) -> str:
 
 
 def _cases(report: Report) -> Section:
-    blocks = []
-    for entry in first_entries(report):
-        pictures = list(_overlays(report, entry))
+    blocks, texts = [], []
+    for entry in first_entries(report) if report.protocol != "samsdg" else ():  # a canvas is no case
+        missing: list[str] = []
+        pictures = list(_overlays(report, entry, missing))
         if pictures:
             blocks.append(Block(figures=pictures, folded=f"{_named(entry)}: {len(pictures)} cases"))
-    texts = []
+        if missing:
+            reasons = ", ".join(f"{missing.count(reason)} {reason}" for reason in dict.fromkeys(missing))
+            texts.append(f"{_named(entry)}: cases without a picture: {reasons}.")
     if blocks:
-        texts = [
-            "Best, median and worst case of each unseen site, the slice with most of the organ: truth blue, prediction "
-            "orange and dashed. Of the first source and seed of each method."
-        ]
+        texts.insert(
+            0, f"Best, median and worst case of each {report.kind} site, the slice with most of the organ: truth blue, "
+            "prediction orange and dashed. Of the first source and seed of each method.",
+        )  # fmt: skip
     return Section("cases", "Cases", texts, blocks)
 
 
-def _overlays(report: Report, entry: Entry) -> Iterator[Picture]:
-    """Yield the pictures of an entry's best, median and worst case per site; none where files are gone."""
-    if entry.predictions is None or entry.labels is None:
-        return
+def _overlays(report: Report, entry: Entry, missing: list[str]) -> Iterator[Picture]:
+    """Yield the pictures of an entry's best, median and worst case per site; note why others are missing."""
     values = case_values(report, entry).dropna()
     higher = metric_of(report).better != "lower"
     with tempfile.TemporaryDirectory() as folder:
         for site, own in values.groupby("target", sort=True):
             ordered = own.sort_values("value", ascending=not higher, kind="stable").reset_index(drop=True)
             last = len(ordered) - 1
-            places = {"worst": last, "median": len(ordered) // 2, "best": 0}  # of few cases one may be two of them
+            places = {"median": len(ordered) // 2, "worst": last, "best": 0}  # of few cases the later name wins
             shown = {place: rank for rank, place in places.items()}
             for place, rank in sorted(shown.items()):
                 case, value = ordered.loc[place, ["case", "value"]]
                 name = f"{case}{entry.file_ending}"
                 image = _image(entry, str(case))
-                if image is None or not (entry.predictions / name).is_file():
+                if not (entry.predictions and entry.labels and (entry.predictions / name).is_file()):
+                    missing.append("whose prediction is not in its folder")
+                    continue
+                if image is None:
+                    missing.append("whose image is not where the dataset has its images")
                     continue
                 try:
                     png = overlay_png(
                         image, entry.labels / name, entry.predictions / name, Path(folder) / "one.png", dpi=_DPI
                     )
                 except UserError:
-                    continue  # a canvas of a paper's protocol is no case, and has no picture
+                    missing.append("whose image or truth cannot be read or has another grid than the prediction")
+                    continue
                 title = metric_of(report).title
                 text = ", ".join(part for part in (f"{site}: {case}", rank, f"{title} {value:.3f}") if part)
                 alt = f"Slice of {case} ({site}) with the contours of truth and of the prediction by {entry.method}, {title} {value:.3f}."  # noqa: E501
@@ -177,10 +183,13 @@ def _image(entry: Entry, case: str) -> Path | None:
 def _panels(report: Report) -> Section:
     blocks = []
     for entry in first_entries(report):
-        if entry.panels is not None:
-            alt = "Rows of training images, class activation maps and pseudo labels, and the truth where it is known."
-            picture = Picture(embedded(entry.panels.read_bytes(), "png"), alt, f"What {entry.method} learnt from.")
-            blocks.append(Block(figures=[picture], folded=f"{_named(entry)}: maps and pseudo labels"))
+        alt = "Rows of training images, class activation maps and pseudo labels, and the truth where it is known."
+        shown = (entry.panels, f"What {entry.method} learnt from."), (entry.drawn, f"Drawn by {entry.method}.")
+        pictures = [
+            Picture(embedded(path.read_bytes(), "png"), alt, caption) for path, caption in shown if path is not None
+        ]
+        if pictures:
+            blocks.append(Block(figures=pictures, folded=f"{_named(entry)}: maps and pseudo labels"))
     return Section("maps", "Maps and pseudo labels", [], blocks)
 
 
