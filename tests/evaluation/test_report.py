@@ -17,6 +17,7 @@ from made_dataset import CASES, LENGTH, bar, make, write
 
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import UserError
+from nnunet_dgplugins.evaluation import evaluate
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -119,6 +120,69 @@ def test_best_median_and_worst_case_of_each_site_are_shown(page: Path):
     assert "C: C_1, worst, Dice 0.200" in captions
     assert "C: C_3, best, Dice 0.600" in captions
     assert "C: C_2, median, Dice 0.400" in captions
+    assert "A: A_1, best, Dice 0.900" in captions
+    assert "A: A_2, worst, Dice 0.700" in captions  # of two cases neither is the median
+    assert "B: B_1, best, Dice 0.600" in captions
+    assert "cases without a picture" not in text
+
+
+def test_pictures_that_cannot_be_drawn_are_counted_with_their_reasons(predictions: tuple[Path, Path], tmp_path: Path):
+    stock, better = predictions
+    images = tmp_path / "nnUNet_raw" / "Dataset501_Bars" / "imagesTs"
+    for case in ("A_1", "A_2"):
+        (images / f"{case}_0000.nii.gz").unlink()
+    write(bar(2, shape=(6, 5, 24)), images / "C_3_0000.nii.gz")
+    text = report(tmp_path / "r.html", "501", f"stock={stock}", f"ours={better}").read_text(encoding="utf-8")
+    for name in ("stock", "ours"):
+        (said,) = re.findall(rf"<p>[^<]*, {name}, [^<]*cases without a picture: ([^<]*)</p>", text)
+        assert said == (
+            "2 whose image is not where the dataset has its images, "
+            "1 whose image or truth cannot be read or has another grid than the prediction."
+        )
+    assert len(re.findall(r"<figcaption>[ABC]: ", text)) == 2 * 3
+
+
+def test_classes_are_shown_by_site_on_the_page_and_beside_it(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert "<summary>Dataset501_Bars: by site, 3 sites</summary>" in text
+    rows = json.loads(page.with_suffix(".json").read_text())["classes"]
+    dice = {(row["method"], row["target"]): row["mean"] for row in rows if row["metric"] == "dice"}
+    assert dice["stock", "A"] == pytest.approx(0.8)
+    assert dice["<b>ours</b>", "C"] == pytest.approx(0.5)
+    assert {row["class"] for row in rows} == {"prostate"}
+
+
+def test_a_site_of_one_patient_is_said_to_give_no_interval(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert "1 unseen site with one patient (B): how patients differ there is in no interval." in text
+    rows = json.loads(page.with_suffix(".json").read_text())["intervals"]
+    assert {row["target"] for row in rows} == {"A", "C", "mean unseen"}
+
+
+def test_a_page_of_the_sources_own_cases_shows_them_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nnUNet_raw"))
+    stock = make(tmp_path, source="A", cases={case: CASES[case] for case in ("A_1", "A_2")})
+    page = report(tmp_path / "r.html", "501", str(stock))
+    text = page.read_text(encoding="utf-8")
+    assert "no unseen site" in text
+    assert "No case is unseen: everything on this page is of the source" in text
+    titles = set(re.findall(r"<h2[^>]*>([^<]*)</h2>", text))
+    assert {"Cases by site", "Look at these first", "Cases", "Classes"} <= titles
+    assert "A: A_2, worst, Dice 0.700" in text
+    assert "(0.800)" in text  # in brackets as ever
+    assert "Mean over seen cases" in text
+    assert set(pandas.read_csv(page.with_suffix(".csv"))["split"]) == {"validation"}
+
+
+def test_methods_without_a_common_case_are_not_said_to_be_pixels(predictions: tuple[Path, Path], tmp_path: Path):
+    stock, better = predictions
+    for folder, gone in ((stock, "C"), (better, "A")):
+        for file in folder.glob(f"{gone}_*"):
+            file.unlink()
+    (stock / "B_1.nii.gz").unlink()
+    text = report(tmp_path / "r.html", "501", f"stock={stock}", f"ours={better}", "--partial").read_text("utf-8")
+    assert "No other method shares a case and seed with it yet." in text
+    assert "canvases" not in text
 
 
 def test_the_same_predictions_give_the_same_bytes(page: Path, predictions: tuple[Path, Path], tmp_path: Path):
@@ -169,8 +233,15 @@ def test_every_protocol_has_a_page_that_claims_no_more_than_it_knows(
     assert ("mean over all unseen cases as one group" in text) == (protocol == "desam")
 
 
-def test_what_is_no_study_and_names_that_do_not_exist_are_said(predictions: tuple[Path, Path], tmp_path: Path):
+def test_what_is_no_study_and_names_that_do_not_exist_are_said(
+    predictions: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     stock, _ = predictions
+
+    def never(*words: object, **options: object) -> None:
+        raise AssertionError("evaluated before the words were looked at")
+
+    monkeypatch.setattr(evaluate, "evaluate", never)
     with pytest.raises(UserError, match="no such folder of a study"):
         CliRunner().invoke(cli, ["report", "nowhere"], catch_exceptions=False)
     words = ["report", "501", f"stock={stock}", "--baseline", "stok", "-o", str(tmp_path / "x.html")]
@@ -178,6 +249,14 @@ def test_what_is_no_study_and_names_that_do_not_exist_are_said(predictions: tupl
         CliRunner().invoke(cli, words, catch_exceptions=False)
     with pytest.raises(UserError, match=r"ends in \.html"):
         CliRunner().invoke(cli, ["report", "501", str(stock), "-o", str(tmp_path / "x.v1")], catch_exceptions=False)
+    words = ["evaluate", "501", str(stock), "--html", str(tmp_path / "x.htm")]
+    with pytest.raises(UserError, match=r"ends in \.html"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "study")
+    words = ["report", str(tmp_path / "study"), "-o", str(tmp_path / "link" / "results.html")]
+    with pytest.raises(UserError, match="would overwrite the study's own"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
     clash = ["evaluate", "501", str(stock), "--csv", str(tmp_path / "x.csv"), "--html", str(tmp_path / "x.html")]
     assert "leave out --csv" in CliRunner().invoke(cli, clash).output
     twice = CliRunner().invoke(cli, ["report", "501", str(stock), str(stock)])
@@ -194,24 +273,35 @@ def test_a_browser_shows_every_figure_and_complains_about_nothing(page: Path, tm
         "<script>addEventListener('load', () => {"
         "document.querySelectorAll('details').forEach(one => { one.open = true; });"
         "const good = [...document.images].filter(one => one.naturalWidth > 50 && one.clientWidth > 50);"
-        "document.body.dataset.figures = good.length;"
-        "document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth; });</script></body>"
+        "const charts = [...document.querySelectorAll('figure .scroll img')].map(one => one.clientWidth);"
+        "const wide = document.documentElement.scrollWidth > innerWidth;"
+        "parent.postMessage({figures: good.length, chart: Math.min(...charts), wide}, '*'); });</script></body>"
     )
     counted.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
     expected = len(Page(page.read_text(encoding="utf-8")).all("img"))
-    for width in (1200, 500):
-        picture = tmp_path / f"{width}.png"
-        base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000",
+    for width in (1200, 390):  # a phone's is less than a window of Chromium may be, a frame's may be anything
+        picture, framed = tmp_path / f"{width}.png", tmp_path / f"{width}.html"
+        framed.write_text(
+            "<!DOCTYPE html><body style='margin: 0'><script>addEventListener('message', one => "
+            "Object.assign(document.body.dataset, one.data))</script>"
+            f"<iframe src='{counted.name}' width='{width}' height='2000' style='border: 0'></iframe></body>"
+        )
+        base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 500)},2000",
                 "--enable-logging=stderr", "--virtual-time-budget=20000",
                 f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
-        shown = subprocess.run([*base, "--dump-dom", counted.as_uri()], capture_output=True, text=True, timeout=180,
+        shown = subprocess.run([*base, "--dump-dom", framed.as_uri()], capture_output=True, text=True, timeout=180,
                                check=True)  # fmt: skip
         assert f'data-figures="{expected}"' in shown.stdout
-        assert 'data-wide="false"' in shown.stdout  # tables scroll in their own boxes
+        assert 'data-wide="false"' in shown.stdout  # tables and charts scroll in their own boxes
+        chart = re.search(r'data-chart="(\d+)"', shown.stdout)
+        assert chart
+        assert int(chart[1]) >= 640  # and can be read there
         assert "CONSOLE" not in shown.stderr
-        subprocess.run([*base, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=180, check=True)
+        subprocess.run(
+            [*base, f"--screenshot={picture}", framed.as_uri()], capture_output=True, timeout=180, check=True
+        )
         from PIL import Image
 
         with Image.open(picture) as image:
-            assert image.size[0] == width
-            assert len(image.convert("L").getcolors() or []) > 20  # not blank
+            assert image.size[0] == max(width, 500)
+            assert len(image.crop((0, 0, width, 2000)).convert("L").getcolors() or []) > 20  # not blank

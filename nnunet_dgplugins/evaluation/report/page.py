@@ -13,12 +13,13 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation import comparison
 from nnunet_dgplugins.evaluation.report.content import Report
 from nnunet_dgplugins.evaluation.report.parts import Section
-from nnunet_dgplugins.evaluation.report.sections import background, lead, results
+from nnunet_dgplugins.evaluation.report.sections import background, class_metrics, lead, results
 from nnunet_dgplugins.evaluation.report.views import views
 from nnunet_dgplugins.files import write_bytes, write_json
 
 JSON_FORMAT = 1
 _PACKAGES = ("nnunetv2", "torch", "numpy", "scipy", "pandas", "matplotlib", "SimpleITK")
+_ELSEWHERE = "Trainings, predictions and numbers of cases may come from another machine, with other versions."
 
 
 def write_report(report: Report, path: Path) -> list[Path]:
@@ -66,7 +67,7 @@ def to_json(report: Report) -> dict[str, Any]:
     """Return the numbers of the page as plain JSON values; what is not defined is null."""
     table, metric, baseline = report.table, report.metric, report.baseline
     against = {
-        name: comparison.records(function(table, baseline, metric)) if baseline else []
+        name: comparison.records(function(report.compared, baseline, metric)) if baseline else []
         for name, function in (
             ("differences", comparison.differences),
             ("tests", comparison.paired_tests),
@@ -84,11 +85,12 @@ def to_json(report: Report) -> dict[str, Any]:
         "matrix": comparison.records(comparison.matrix(table, metric)),
         "intervals": comparison.records(comparison.intervals(table, metric)),
         **against,
+        "classes": comparison.records(comparison.by_class(report.compared, class_metrics(report))),
     }
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what made the numbers; packages that are absent are left out."""
+    """Return the versions that this machine has; packages that are absent are left out."""
     found = {"nnunet_dgplugins": __version__, "Python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -100,7 +102,7 @@ def versions() -> dict[str, str]:
 
 def _made_with() -> Section:
     text = ", ".join(f"{name} {number}" for name, number in versions().items())
-    return Section("versions", "Versions", [f"This page was made with {text}."])
+    return Section("versions", "Versions", [f"This page was written with {text}. {_ELSEWHERE}"])
 
 
 def _resource(name: str) -> str:

@@ -77,12 +77,14 @@ def _results(report: Report) -> Section:
         svg = embedded(figures.heat_maps(part, better), "svg+xml")
         alt = f"Heat maps of {metric_of(report).title}, one per method, sources x sites: the numbers of the table."
         caption = "Dark is better; in italics the source's own cases."
-        blocks.append(Block(title, [_matrix(report, dataset, part, own)], [Picture(svg, alt, caption)]))
+        blocks.append(Block(title, [_matrix(report, dataset, ratio, part, own)], [Picture(svg, alt, caption)]))
     texts = [f"{_INTERVALS} {_SEEDS}" if len(spread) else _SEEDS, *report.notes]
+    if report.kind != UNSEEN:
+        texts.append("No case is unseen: everything on this page is of the source's own cases.")
     return Section("results", "Results by site", texts, blocks)
 
 
-def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas.DataFrame) -> Table:
+def _matrix(report: Report, dataset: str, ratio: Any, part: pandas.DataFrame, spread: pandas.DataFrame) -> Table:
     sites = sorted(part.loc[~part["target"].isin(UNSEEN_AVERAGES), "target"].unique())
     averages = [_POOLED] if report.protocol == "desam" else []  # where its paper prints the number
     rows = []
@@ -103,6 +105,10 @@ def _matrix(report: Report, dataset: str, part: pandas.DataFrame, spread: pandas
     notes = _caveats(report, dataset)
     if own_cases := set(part["split"]) - {UNSEEN}:
         notes = [f"In brackets: the source's {TRAINING if TRAINING in own_cases else 'held-out'} cases.", *notes]
+    whole = report.table[(report.table["dataset"] == dataset) & _same_ratio(report.table["ratio"], ratio)]
+    if lone := comparison.sites_of_one(whole):
+        sites_of_one = f"{_count(len(lone), 'unseen site')} with one patient ({', '.join(lone)})"
+        notes = [*notes, f"{sites_of_one}: how patients differ there is in no interval."]
     how = "over all pixels of a site" if report.metric in dcam_protocol.METRICS else "mean over cases and classes"
     heading = ["source", "method", _MEAN, *averages, *sites]
     return Table(f"{metric_of(report).title}, {how}", heading, rows, 2, notes)
@@ -120,9 +126,9 @@ def _differences(report: Report) -> Section:
     if baseline is None or len(report.methods) < 2:
         return Section("comparison", "Comparison")
     keys = ["dataset", "source", "method"]
-    gains = comparison.differences(report.table, baseline, metric)
-    tests = comparison.paired_tests(report.table, baseline, metric)
-    counts = comparison.wins(report.table, baseline, metric)
+    gains = comparison.differences(report.compared, baseline, metric)
+    tests = comparison.paired_tests(report.compared, baseline, metric)
+    counts = comparison.wins(report.compared, baseline, metric)
     blocks = []
     for dataset, ratio, part in _collections(report, gains):
         own = tests[(tests["dataset"] == dataset) & _same_ratio(tests["ratio"], ratio)].set_index(keys)
@@ -154,6 +160,8 @@ def _differences(report: Report) -> Section:
             f"{comparison.TIE}. Intervals and tests speak of patients, the spread of seeds is in the table above; "
             "seeds of one method share cases."
         )
+    elif gains.empty:
+        texts[0] += " No other method shares a case and seed with it yet."
     else:
         texts[0] += " The numbers are of pixels or canvases in which patients meet, so patients cannot be tested."
     return Section("comparison", f"Against {baseline}", texts, blocks)
@@ -165,7 +173,7 @@ def _p(value: float) -> str:
 
 def _sites(report: Report) -> Section:
     """Points and boxes: a case's mean over classes and seeds."""
-    table = report.table
+    table = report.compared
     chosen = table[(table["split"] == UNSEEN) & (table["metric"] == report.metric)]
     blocks = []
     for dataset, ratio, part in _collections(report, chosen):
@@ -173,7 +181,7 @@ def _sites(report: Report) -> Section:
             cases = own.groupby(["method", "target", "case"], sort=False)["value"].mean().reset_index()
             svg = embedded(figures.boxes(cases, report.methods, metric_of(report).title), "svg+xml")
             counts = ", ".join(f"{site} {n}" for site, n in cases.groupby("target")["case"].nunique().items())
-            alt = f"Each case of each unseen site as a point, by method, trained on {source}. Cases: {counts}."
+            alt = f"Each case of each {report.kind} site as a point, by method, trained on {source}. Cases: {counts}."
             title = f"{_title(report, dataset, ratio)}, trained on {source}"
             blocks.append(
                 Block(title, figures=[Picture(svg, alt, "A point is a case, its mean over classes and seeds.")])
@@ -186,53 +194,47 @@ def _sites(report: Report) -> Section:
 
 
 def _classes(report: Report) -> Section:
-    """Every metric by class, over all unseen cases."""
+    """Every metric by class, over all unseen cases, and folded by site."""
+    table, metrics = report.compared, class_metrics(report)
+    lines, whole = (comparison.by_class(one, metrics) for one in (table, table.assign(target="all sites")))
+    what = "IoU over all" if report.protocol == "dcam" else "Mean over"
+    things = "pixels" if report.protocol == "dcam" else "cases"
+    caption = f"{what} {report.kind} {things}, ± over seeds"
+    keys = ["source", "method", "class"]
+    blocks = []
+    for dataset, ratio, part in _collections(report, whole):
+        here = lines[(lines["dataset"] == dataset) & _same_ratio(lines["ratio"], ratio)]
+        title = _title(report, dataset, ratio)
+        blocks.append(Block(title, [_class_table(report, caption, part, keys)]))
+        at_sites = _class_table(report, f"{caption}, by site", here, [*keys[:2], "target", keys[2]])
+        blocks.append(Block(tables=[at_sites], folded=f"{title}: by site, {_count(here['target'].nunique(), 'site')}"))
+    return Section("classes", "Classes", [], blocks)
+
+
+def class_metrics(report: Report) -> list[str]:
+    """Return what is shown of each class."""
     if report.protocol == "dcam":
-        return _pixel_classes(report)
-    table, metrics = report.table, PROTOCOLS[report.protocol]
-    shown = {name: metric for name, metric in metrics.items() if metric.better and name in set(table["metric"])}
-    chosen = table[(table["split"] == UNSEEN) & table["metric"].isin(shown)]
-    blocks = []
-    for dataset, ratio, part in _collections(report, chosen):
-        keys = ["source", "method", "class"]
-        seeds = part.groupby([*keys, "metric", "seed"], sort=False)["value"].mean()
-        rows = []
-        for key, own in seeds.groupby(level=keys, sort=False):
-            cells = []
-            for name in shown:
-                values = own[own.index.get_level_values("metric") == name].dropna()
-                cells.append(_spread(values))
-            rows.append([*map(str, key), *cells])
-        heading = [*keys, *(metric.title + (f", {metric.unit}" if metric.unit else "") for metric in shown.values())]
-        blocks.append(
-            Block(_title(report, dataset, ratio), [Table("Mean over unseen cases, ± over seeds", heading, rows, 3)])
-        )
-    return Section("classes", "Classes", [], blocks)
+        return ["iou"]
+    present = set(report.table["metric"])
+    return [name for name, metric in PROTOCOLS[report.protocol].items() if metric.better and name in present]
 
 
-def _pixel_classes(report: Report) -> Section:
-    """IoU of each class over all unseen pixels."""
-    import pandas
-
-    blocks = []
-    unseen = report.table[report.table["split"] == UNSEEN]
-    for dataset, ratio, part in _collections(report, unseen):
-        names = list(part.loc[part["metric"].isin(dcam_protocol.COUNTS), "class"].unique())
-        rows = []
-        for (source, method), own in part.groupby(["source", "method"], sort=False):
-            seeds = [dcam_protocol.pooled(one) for _, one in own.groupby("seed", sort=False)]
-            values = [pandas.Series([found.get((name, "iou"), float("nan")) for found in seeds]) for name in names]
-            rows.append([str(source), str(method), *(_spread(value.dropna()) for value in values)])
-        table = Table(f"IoU over all unseen pixels. {_SEEDS}", ["source", "method", *map(str, names)], rows, 2)
-        blocks.append(Block(_title(report, dataset, ratio), [table]))
-    return Section("classes", "Classes", [], blocks)
+def _class_table(report: Report, caption: str, lines: pandas.DataFrame, keys: list[str]) -> Table:
+    metrics = {name: PROTOCOLS[report.protocol][name] for name in class_metrics(report)}
+    rows = []
+    for key, own in lines.groupby(keys, sort=False):
+        found = own.set_index("metric")
+        cells = [_spread(found.loc[name]) if name in found.index else "-" for name in metrics]
+        rows.append([*map(str, key), *cells])
+    titles = [metric.title + (f", {metric.unit}" if metric.unit else "") for metric in metrics.values()]
+    return Table(caption, [*("site" if key == "target" else key for key in keys), *titles], rows, len(keys))
 
 
-def _spread(values: pandas.Series) -> str:
-    if not len(values):
+def _spread(line: pandas.Series) -> str:
+    if not line["seeds"]:
         return "-"
-    digits = 3 if abs(values.mean()) < 10 else 1
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+    digits = 3 if abs(line["mean"]) < 10 else 1
+    return f"{line['mean']:.{digits}f}" + (f" ± {line['sd']:.{digits}f}" if line["seeds"] > 1 else "")
 
 
 # ---------------------------------------------------------------- costs, settings, definitions
@@ -257,7 +259,8 @@ def _costs(report: Report) -> Section:
         return Section("costs", "Costs")
     heading = ["method", "trainings", "training", "prediction", "memory", "GPU memory", "disk"]
     caption = "Median over trainings: time of training and of predicting the unseen cases, highest memory, size on disk"
-    return Section("costs", "Costs", [], [Block("", [Table(caption, heading, rows)])])
+    notes = ["Conversion, planning, embedding of images and the making of pseudo labels are not in these numbers."]
+    return Section("costs", "Costs", [], [Block("", [Table(caption, heading, rows, 1, notes)])])
 
 
 def _settings(report: Report) -> Section:
