@@ -194,7 +194,8 @@ def test_panels_stand_with_the_method_that_drew_them_and_with_the_one_that_learn
         teaches = run.method == "stock"
         raw = tmp_path / ("raw" if teaches else f"pseudo{run.seed}")
         fold = run.folder / "nnUNet_results" / "Dataset701_d" / f"{run.method}__nnUNetPlans__2d" / "fold_0"
-        tasks.append(replace(task, run=replace(run, raw=raw, stages=(fold,))))
+        placed = replace(run, raw=raw, stages=(fold,), predictions=run.folder / "predictions")
+        tasks.append(replace(task, run=placed))
         State(tmp_path).set(tasks[-1], "done", 1.0)
         origin = {} if teaches else {"pseudo_labels": {"model": "Dataset701_d/stock__nnUNetPlans__2d/fold_0/x.pth"}}
         write_json(raw / "dataset.json", {"file_ending": ".png", "dgplugins": {"protocol": origin}})
@@ -209,7 +210,7 @@ def test_panels_stand_with_the_method_that_drew_them_and_with_the_one_that_learn
     page = write_report(report, tmp_path / "report.html")[-1].read_text()
     assert "Drawn by stock." in page
     assert "What ours learnt from." in page
-    assert "cases without a picture: 4 whose prediction is not in its folder." in page  # two of each site
+    assert "cases without a picture: 5 whose prediction is not in its folder." in page  # 3 + 2
 
 
 def test_nothing_finished_gives_an_empty_table(tmp_path: Path):
