@@ -98,8 +98,9 @@ def _drawn(runs: Sequence[Mapping[str, Any]], out: Path) -> dict[int, Path]:
         origin = read_json(description).get(KEY, {}).get("protocol", {}).get("pseudo_labels", {})
         # the model's dataset, folder and fold, and the name of its checkpoint; those of other seeds are called alike
         model = tuple(str(origin.get("model", "")).split("/")[:3])
-        if (place := models.get((run["dataset"], run["seed"], model))) is not None:
-            found[place] = page
+        teacher = models.get((run["dataset"], run["seed"], model))
+        if teacher is not None:
+            found[teacher] = page
     return found
 
 
