@@ -66,7 +66,9 @@ class Drawer(ABC):
     takes: ClassVar[frozenset[str]]
     #: folders of further masks
     beside: ClassVar[tuple[str, ...]] = ()
-    #: what to do when no voxel at all is drawn
+    #: what the tags are of, one each
+    unit: ClassVar[str]
+    #: what to do when nothing is drawn
     advice: str = ""
 
     def __init__(self, model: Rebuilt, choices: Choices, table: CaseTable):

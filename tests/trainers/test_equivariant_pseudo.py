@@ -156,6 +156,22 @@ def test_other_choices_and_other_folds_make_the_dataset_anew_when_that_is_allowe
     assert read_json(first / "splits_final.json") == [{"train": ["case_0"], "val": ["case_1"]}]
 
 
+def test_positive_slices_that_got_nothing_are_counted(model: Path, tagged: World, monkeypatch: pytest.MonkeyPatch):
+    def all_but_the_first(self: Any, data: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        drawn = tags.clone()
+        drawn[tags.argmax()] = 0
+        return drawn.float()[:, None, None].expand(data.shape[1:])
+
+    said: list[str] = []
+    monkeypatch.setattr(EquivariantDrawer, "_maps", all_but_the_first)
+    make_pseudo_labels(model, NUMBER, say=said.append)
+    positive = sum(sum(own) for own in tags(tagged).values())
+    assert f"5 of {positive} slices tagged positive got no voxel. Lower --threshold (0.5 now); " in said[-1]
+    monkeypatch.setattr(EquivariantDrawer, "_maps", lambda self, data, tags: torch.ones(data.shape[1:]))
+    make_pseudo_labels(model, NUMBER + 1, say=said.append)
+    assert said[-1].endswith("foreground voxels in 5 cases.")
+
+
 def test_a_threshold_that_nothing_reaches_is_said_and_leaves_nothing(model: Path, tagged: World):
     with pytest.raises(UserError, match="Lower --threshold"):
         make_pseudo_labels(model, NUMBER, choices=Choices(threshold=1.0))
