@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TAGGED, World
+from test_desam_reads import Opened, linux
 from tiny_dataset import ENDING, Recipe
 
 from nnunet_dgplugins.budget import Budget, BudgetRun
@@ -115,21 +116,19 @@ def test_other_tags_give_other_weights(tagged: World):
     assert not same(before, weights(tagged))
 
 
-def test_no_mask_of_a_training_case_is_opened(tagged: World, monkeypatch: pytest.MonkeyPatch):
-    import SimpleITK as sitk
-
-    opened: list[str] = []
-    read = sitk.ReadImage
-
-    def noting(path: Any, *arguments: Any) -> Any:
-        opened.append(str(path))
-        return read(path, *arguments)
-
-    monkeypatch.setattr(sitk, "ReadImage", noting)
-    tagged.command(TRAINER)
-    labels = [Path(path) for path in opened if "labels" in path or "gt_segmentations" in path]
-    assert {path.parent.name for path in labels} == {"labelsVal"}
-    assert {path.name for path in labels} == {f"case_0{ENDING}"}  # fold 0 validates on it
+@linux
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_no_mask_of_a_case_that_trains_is_opened(tagged: World, fold: int | str):
+    tagged.use(TAGGED, own=True)
+    data = tagged.preprocessed / "nnUNetPlans_2d"
+    folders = [tagged.raw / "labelsTr", tagged.raw / "labelsVal", tagged.preprocessed / "gt_segmentations", data]
+    with Opened(*folders) as opened:
+        tagged.command(TRAINER, fold)
+        paths = {path for path in map(Path, opened.paths()) if path.suffix}
+    masks = {path for path in paths if path.parent != data}
+    assert masks == ({tagged.raw / "labelsVal" / f"case_0{ENDING}"} if fold == 0 else set())  # fold 0 validates on it
+    assert not any("_seg" in path.name for path in paths)
+    assert data / "case_1.b2nd" in paths  # a library written in C is seen
 
 
 def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged: World):
