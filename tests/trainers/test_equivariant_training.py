@@ -176,6 +176,38 @@ def test_the_threshold_may_be_chosen_by_the_validation_volumes_and_stays_with_th
     assert all(np.array_equal(a, b) for a, b in zip(tagged.predict(model), expected, strict=True))
 
 
+def test_a_volume_whose_mask_is_empty_is_listed_and_counts_in_no_mean(tagged: World):
+    import SimpleITK as sitk
+
+    tagged.use(TAGGED, own=True)
+    first, second = (tagged.raw / "labelsVal" / f"case_{number}{ENDING}" for number in (0, 4))
+    image = sitk.ReadImage(str(second))
+    sitk.WriteImage(image * 0, str(second))
+    tagged.write_splits([{"train": ["case_1", "case_2", "case_3"], "val": ["case_0", "case_4"]}])
+    tagged.settings(threshold=1.0, choose_threshold=True)  # nothing is above 1: the empty volume would have Dice 1
+    tagged.command(TRAINER)
+    fold = tagged.model(TRAINER) / "fold_0"
+    result = json.loads((fold / "validation_cam" / "cam_dice.json").read_text())
+    assert list(result["cases"]) == ["case_0"]
+    assert result["empty"] == ["case_4"]
+    assert result["mean"] == result["cases"]["case_0"]
+    (log,) = fold.glob("training_log_*.txt")
+    assert "Masks of case_4 are empty" in log.read_text()
+    sitk.WriteImage(sitk.ReadImage(str(first)) * 0, str(first))
+    tagged.command(TRAINER, only_run_validation=True)
+    assert not (fold / "validation_cam" / "cam_dice.json").exists()
+    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] is None
+
+
+def test_a_loss_that_is_no_number_names_the_cases(tagged: World):
+    built = tagged.construct(TRAINER)
+    built.on_train_start()
+    for parameter in built.network.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the loss is nan at epoch 0, cases case_\d(, case_\d)*\."):
+        built.run_training()
+
+
 def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):
     tagged.use(TAGGED, own=True)
     (tagged.raw / "labelsVal" / f"case_0{ENDING}").unlink()
