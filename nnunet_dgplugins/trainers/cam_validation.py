@@ -35,7 +35,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, flo
         save_probabilities: also write nnU-Net's .npz files.
 
     Returns:
-        Dice per case at the deployed threshold and mean Dice at each; both empty where no mask with foreground is known.
+        Dice per case at the deployed threshold and mean Dice at each; both empty where no mask shows anything.
     """
     folder = Path(trainer.output_folder) / CAM_VALIDATION
     folder.mkdir(parents=True, exist_ok=True)

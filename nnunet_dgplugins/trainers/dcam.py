@@ -127,7 +127,7 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         if others:
             self.print_to_log_file(
                 f"{others} of {len(train.cases)} training patches are not {size[0]} x {size[1]} and are resized. "
-                f"Maps and stage 2 see them as they are, at another scale: convert with --resize {max(size)} against it."
+                f"Maps and stage 2 see them as they are, at another scale; convert with --resize {max(size)} instead."
             )
 
         def load(part: Patches, chosen: Sequence[int], epoch: int | None) -> dict[str, Any]:

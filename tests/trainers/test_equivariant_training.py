@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TAGGED, World
-from test_desam_reads import Opened, linux
+from stages import same, weights
 from tiny_dataset import ENDING, Recipe
 
 from nnunet_dgplugins.budget import Budget, BudgetRun
@@ -31,15 +31,6 @@ from nnunet_dgplugins.trainers.equivariant import _Slices
 from nnunet_dgplugins.trainers.measure_equivariance import _untrained, differences
 
 TRAINER = "EquivariantCAMTrainer"
-
-
-def weights(world: World) -> dict[str, torch.Tensor]:
-    content = torch.load(world.model(TRAINER) / "fold_0" / "checkpoint_final.pth", weights_only=False)
-    return dict(content["network_weights"])
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_batches_hold_whole_slices_of_training_cases_with_the_tables_tags(tagged: World):
@@ -86,49 +77,6 @@ def test_tags_go_through_nnunets_crop():
         slice_tags(table, "a", {**properties, "shape_before_cropping": (6, 8, 8)}, [0, 1, 2])
     with pytest.raises(UserError, match="one tag per slice"):
         slice_tags(table, "b", properties, [0, 1, 2])
-
-
-def test_label_files_can_hold_anything_and_not_one_bit_of_the_weights_changes(tagged: World):
-    tagged.use(TAGGED, own=True).train(TRAINER)
-    before = weights(tagged)
-    for folder in (tagged.raw / "labelsTr", tagged.preprocessed / "gt_segmentations"):
-        for path in folder.glob(f"*{ENDING}"):
-            path.write_bytes(b"no image")
-    gone = list(tagged.preprocessed.glob("nnUNetPlans_2d/*_seg.b2nd"))
-    assert len(gone) == TAGGED.cases
-    for path in gone:
-        path.unlink()
-    tagged.elsewhere("again").train(TRAINER)
-    assert same(before, weights(tagged))
-
-
-def test_other_tags_give_other_weights(tagged: World):
-    tagged.use(TAGGED, own=True).train(TRAINER)
-    before = weights(tagged)
-
-    def turned(content: dict[str, Any]) -> None:
-        for case in content["dgplugins"]["cases"].values():
-            if "tags" in case:
-                case["tags"] = [1 - tag for tag in case["tags"]]
-
-    tagged.edit_json("dataset.json", turned)
-    tagged.elsewhere("again").train(TRAINER)
-    assert not same(before, weights(tagged))
-
-
-@linux
-@pytest.mark.parametrize("fold", [0, "all"])
-def test_no_mask_of_a_case_that_trains_is_opened(tagged: World, fold: int | str):
-    tagged.use(TAGGED, own=True)
-    data = tagged.preprocessed / "nnUNetPlans_2d"
-    folders = [tagged.raw / "labelsTr", tagged.raw / "labelsVal", tagged.preprocessed / "gt_segmentations", data]
-    with Opened(*folders) as opened:
-        tagged.command(TRAINER, fold)
-        paths = {path for path in map(Path, opened.paths()) if path.suffix}
-    masks = {path for path in paths if path.parent != data}
-    assert masks == ({tagged.raw / "labelsVal" / f"case_0{ENDING}"} if fold == 0 else set())  # fold 0 validates on it
-    assert not any("_seg" in path.name for path in paths)
-    assert data / "case_1.b2nd" in paths  # a library written in C is seen
 
 
 def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged: World):
@@ -199,15 +147,6 @@ def test_a_volume_whose_mask_is_empty_is_listed_and_counts_in_no_mean(tagged: Wo
     assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] is None
 
 
-def test_a_loss_that_is_no_number_names_the_cases(tagged: World):
-    built = tagged.construct(TRAINER)
-    built.on_train_start()
-    for parameter in built.network.parameters():
-        parameter.data.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"the loss is nan at epoch 0, cases case_\d(, case_\d)*\."):
-        built.run_training()
-
-
 def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):
     tagged.use(TAGGED, own=True)
     (tagged.raw / "labelsVal" / f"case_0{ENDING}").unlink()
@@ -245,7 +184,7 @@ def test_choices_of_speed_and_memory_change_results_by_rounding_only(tagged: Wor
     def step() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         trainer = tagged.train(TRAINER)
         gradients = [state["exp_avg"] for state in trainer.optimizer.state.values()]  # a tenth of the only gradient
-        return {key: value for key, value in weights(tagged).items() if "running" in key}, gradients
+        return {key: value for key, value in weights(tagged, TRAINER).items() if "running" in key}, gradients
 
     # one thread and PyTorch's own kernels: a ReLU whose input is 0 up to rounding lets a gradient jump
     with torch.backends.mkldnn.flags(enabled=False):
@@ -273,12 +212,12 @@ def test_a_dataset_with_masks_is_refused_until_tags_are_to_be_derived_and_then_t
         cases = read_json(folder / "dataset.json")["dgplugins"]["cases"]
         assert {len(case["tags"]) for case in cases.values()} == {4, 5, 6}
         assert all(case["tags"][-1] == 0 and sum(case["tags"]) == len(case["tags"]) - 1 for case in cases.values())
-    before = weights(world)
+    before = weights(world, TRAINER)
     for path in (world.preprocessed / "gt_segmentations").glob(f"*{ENDING}"):
         path.write_bytes(b"no image")
     world.settings()  # the table has them now
     world.elsewhere("again").train(TRAINER)
-    assert same(before, weights(world))
+    assert same(before, weights(world, TRAINER))
 
 
 def test_cases_without_masks_get_no_tags_and_unknown_slices_are_an_error(world: World):
