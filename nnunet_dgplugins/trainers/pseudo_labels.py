@@ -155,7 +155,7 @@ def _write_masks(drawer: Drawer, cases: list[str], folder: Path, raw: RawDataset
                 mask = np.asarray(drawer.reader.read_seg(os.fspath(path))[0][0])
                 drawn = ((mask > 0) & (mask != ignore)).sum((1, 2))
                 shown = np.asarray(drawer.table.cases[case].tags).reshape(len(mask), -1).any(1)
-                counts += drawn.sum(), shown.sum(), (shown & (drawn == 0)).sum()
+                counts += np.array([drawn.sum(), shown.sum(), (shown & (drawn == 0)).sum()])
             bar.update(len(group))
     positive, tagged_positive, empty = map(int, counts)
     return positive, tagged_positive, empty
