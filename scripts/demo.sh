@@ -158,8 +158,8 @@ elif [ "$method" = dcam ]; then
   step plan_second "${plan[@]}" -d 521
   second=521 equal=(--minutes "$(minutes_of DCAMTrainer)")
 else
-  # small images and few of them: the prostate's width and a higher rate
-  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.001, cmer_reduction: sum}"
+  # small images and few of them: the prostate's width and a higher rate; how high maps are varies with the terms
+  settings "EquivariantCAMTrainer: {width_divisor: 4, initial_lr: 0.001, cmer_reduction: sum, choose_threshold: true}"
   step train_cam nnUNetv2_train 518 2d 0 -tr EquivariantCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/EquivariantCAMTrainer__nnUNetPlans__2d" \
     --out 519 --device "$device"

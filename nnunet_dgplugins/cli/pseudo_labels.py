@@ -21,8 +21,9 @@ import click
 @click.option(
     "--gate",
     type=click.Choice(["tag", "predicted", "none"]),
-    help="(equivariant) tag: slices known to be negative stay empty, positive ones that no network believes in take "
-    "the ungated map. [default: tag]",
+    help="(equivariant) tag: slices known to be negative stay empty; in positive ones networks that call the slice "
+    "negative do not count, unless all do. predicted: such a network's map is empty. none: every map counts. "
+    "[default: tag]",
 )
 @click.option(
     "--map",

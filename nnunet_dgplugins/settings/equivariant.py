@@ -73,7 +73,8 @@ class EquivariantSettings(TrainingSettings):
     )
     forwards: str = setting(
         "auto",
-        "separate, and auto for now: one network after the other. grouped: all at once, equal result up to rounding.",
+        "separate: one network after the other. grouped: all at once, equal result up to rounding. auto: separate, the "
+        "faster one where measured, on the CPU (docs/benchmarks.md).",
         choices=("auto", "separate", "grouped"),
     )
     one_graph_at_a_time: bool = setting(

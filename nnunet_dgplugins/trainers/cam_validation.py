@@ -27,15 +27,15 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, flo
     """Write the validation cases' predictions, and the Dice per volume of those whose mask is known.
 
     ``validation_cam/cam_dice.json`` has the Dice of every such case at the deployed threshold and at 0.2 to 0.8. Slices
-    are never averaged: a mean that counts empty slices rewards drawing nothing. Label files of cases without masks hold
-    tags and are not opened.
+    are never averaged, and volumes whose mask is empty are listed but have no Dice: a mean that counts either rewards
+    drawing nothing. Label files of cases without masks hold tags and are not opened.
 
     Args:
         trainer: with its network trained.
         save_probabilities: also write nnU-Net's .npz files.
 
     Returns:
-        Dice per case at the deployed threshold and mean Dice at each; both empty where no mask is known.
+        Dice per case at the deployed threshold and mean Dice at each; both empty where no mask shows anything.
     """
     folder = Path(trainer.output_folder) / CAM_VALIDATION
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,7 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, flo
     threshold: float = trainer.network.threshold
     levels = sorted({*THRESHOLDS, round(threshold, 6)})
     scores: dict[str, dict[str, float]] = {}
+    empty: list[str] = []
     reader = trainer.plans_manager.image_reader_writer_class()
     for case, logits, properties in predicted_logits(trainer):
         if save_probabilities:
@@ -57,17 +58,23 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, flo
             reader.write_seg(mask, os.fspath(temporary), properties)
         if (truth := known_mask(trainer, case)) is not None:
             ignore = trainer.label_manager.ignore_label
+            if not (truth == 1).any():
+                empty.append(case)
+                continue
             unknown = truth == (-1 if ignore is None else ignore)
             dice = volume_dice(np.where(unknown, 0, maps), truth == 1, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}
     deployed = {case: own[f"{round(threshold, 6):g}"] for case, own in scores.items()}
+    if empty:
+        trainer.print_to_log_file(f"Masks of {', '.join(empty)} are empty: no Dice of them, and no part in any mean.")
     if not scores:
-        trainer.print_to_log_file("Validation cases predicted; no masks of them are known, so no Dice.")
+        found = "of none is a mask with foreground known" if empty else "no masks of them are known"
+        trainer.print_to_log_file(f"Validation cases predicted; {found}, so no Dice.")
         return {}, {}
     means = {f"{level:g}": float(np.mean([own[f"{level:g}"] for own in scores.values()])) for level in levels}
     values = list(deployed.values())
     trainer.logger.log_summary("final_val/foreground_dice", float(np.mean(values)))
-    write_json(folder / FILE, {"threshold": threshold, "cases": scores, "mean": means})
+    write_json(folder / FILE, {"threshold": threshold, "cases": scores, "empty": empty, "mean": means})
     trainer.print_to_log_file(
         f"Dice per volume at threshold {threshold:g}: {np.mean(values):.4f} ± {np.std(values):.4f} over "
         f"{len(values)} validation cases; other thresholds: "

@@ -126,7 +126,8 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
         others = sum(train.size(index) != size for index in range(len(train.cases)))
         if others:
             self.print_to_log_file(
-                f"{others} of {len(train.cases)} training patches are not {size[0]} x {size[1]} and are resized."
+                f"{others} of {len(train.cases)} training patches are not {size[0]} x {size[1]} and are resized. "
+                f"Maps and stage 2 see them as they are, at another scale; convert with --resize {max(size)} instead."
             )
 
         def load(part: Patches, chosen: Sequence[int], epoch: int | None) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class PatchDrawer(Drawer):
 
     takes = frozenset({"threshold", "white"})
     beside = tuple(FOLDERS.values())[1:]
-    advice = "The tags of these patches name no class at all."
+    unit = "patches"
+    advice = "Either no tag names a class, or background took it all: see --threshold and --no-white."
 
     def __init__(self, model: Rebuilt, choices: Choices, table: CaseTable):
         super().__init__(model, choices, table)

@@ -32,6 +32,7 @@ class EquivariantDrawer(Drawer):
     """See :class:`~nnunet_dgplugins.trainers.label_drawer.Drawer`."""
 
     takes = frozenset({"threshold", "fusion", "gate", "kind"})
+    unit = "slices"
 
     def __init__(self, model: Rebuilt, choices: Choices, table: CaseTable):
         super().__init__(model, choices, table)
@@ -46,8 +47,7 @@ class EquivariantDrawer(Drawer):
             raise UserError(f"gate is one of {', '.join(GATES)}, kind one of {', '.join(KINDS)}; got {choices}.")
         self._threshold: float = network.threshold if choices.threshold is None else choices.threshold
         self.advice = (
-            f"No voxel is above {self._threshold:g}. Lower --threshold, or see the Dice at each threshold in the "
-            f"model's {CAM_VALIDATION}."
+            f"Lower --threshold ({self._threshold:g} now); the model's {CAM_VALIDATION} may have the Dice at each."
         )
 
     @property

@@ -32,9 +32,9 @@ class Choices:
         threshold: foreground is where a map is above. D-CAM: background is where all maps are below, in datasets with
             a class of background.
         fusion: (equivariant CAMs) ``mean``, ``max`` or the number of a modality.
-        gate: (equivariant CAMs) ``tag``: slices with tag 0 are empty, and a slice with tag 1 that every network calls
-            negative takes the ungated map, so that no positive slice is lost without need. ``predicted``: each
-            network's own prediction empties its map, as published for images without tags. ``none``: every map counts.
+        gate: (equivariant CAMs) ``tag``: slices with tag 0 are empty; in slices with tag 1 a network that calls the
+            slice negative does not count, unless all do: then every map counts. ``predicted``: each network's own
+            prediction empties its map, as published for images without tags. ``none``: every map counts.
         kind: (equivariant CAMs) ``cam``, ``grad_cam`` (the same up to rounding in these networks) or
             ``grad_cam_plus_plus``.
         white: (D-CAM) leave white pixels out.
@@ -66,7 +66,9 @@ class Drawer(ABC):
     takes: ClassVar[frozenset[str]]
     #: folders of further masks
     beside: ClassVar[tuple[str, ...]] = ()
-    #: what to do when no voxel at all is drawn
+    #: what the tags are of, one each
+    unit: ClassVar[str]
+    #: what to do when nothing is drawn
     advice: str = ""
 
     def __init__(self, model: Rebuilt, choices: Choices, table: CaseTable):

@@ -99,11 +99,13 @@ def make_pseudo_labels(
     if left_out := len(tagged(sorted(raw.training), table)) - len(cases):
         say(f"{left_out} tagged training cases are left out: they show none of the classes, or are not trained on.")
     folder = staging.start(final, digest)
-    positive = _write_masks(drawer, cases, folder, raw) if cases else 0
+    positive, tagged_positive, empty = _write_masks(drawer, cases, folder, raw)
     if not positive:
         shutil.rmtree(folder)
         raise UserError(f"No voxel of {len(cases)} cases is drawn: nothing could be learnt. {drawer.advice}")
     say(f"{positive} foreground voxels in {len(cases)} cases.")
+    if empty:
+        say(f"{empty} of {tagged_positive} {drawer.unit} tagged positive got no voxel. {drawer.advice}")
     _carry_over(raw, cases, folder, linked)
     if listed is not None:
         write_json(folder / SPLITS, drawer.folds(listed, cases))
@@ -132,11 +134,15 @@ def _opened(
     return kind(model, choices, table), raw, table
 
 
-def _write_masks(drawer: Drawer, cases: list[str], folder: Path, raw: RawDataset) -> int:
-    """Write every mask that is not there yet; return the number of foreground voxels of all."""
+def _write_masks(drawer: Drawer, cases: list[str], folder: Path, raw: RawDataset) -> tuple[int, int, int]:
+    """Write every mask that is not there yet.
+
+    Returns:
+        Of all masks: foreground voxels, slices (patches) tagged positive, and those of them without any such voxel.
+    """
     import tqdm
 
-    positive, ignore = 0, raw.content["labels"].get("ignore")
+    counts, ignore = np.zeros(3, int), raw.content["labels"].get("ignore")
     with tqdm.tqdm(total=len(cases), disable=None, desc="pseudo labels") as bar:
         for group in drawer.groups(cases):
             paths = [folder / LABELS / f"{case}{raw.file_ending}" for case in group]
@@ -145,11 +151,14 @@ def _write_masks(drawer: Drawer, cases: list[str], folder: Path, raw: RawDataset
                     for name in (*drawer.beside, LABELS):  # what says that a case is done comes last
                         with replacing(folder / name / path.name) as temporary:
                             drawer.reader.write_seg(masks[name], os.fspath(temporary), properties)
-            for path in paths:
-                mask = np.asarray(drawer.reader.read_seg(os.fspath(path))[0])
-                positive += int(((mask > 0) & (mask != ignore)).sum())
+            for case, path in zip(group, paths, strict=True):
+                mask = np.asarray(drawer.reader.read_seg(os.fspath(path))[0][0])
+                drawn = ((mask > 0) & (mask != ignore)).sum((1, 2))
+                shown = np.asarray(drawer.table.cases[case].tags).reshape(len(mask), -1).any(1)
+                counts += np.array([drawn.sum(), shown.sum(), (shown & (drawn == 0)).sum()])
             bar.update(len(group))
-    return positive
+    positive, tagged_positive, empty = map(int, counts)
+    return positive, tagged_positive, empty
 
 
 def _carry_over(raw: RawDataset, cases: list[str], folder: Path, linked: bool) -> None:

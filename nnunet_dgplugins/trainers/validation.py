@@ -41,8 +41,11 @@ def predicted_logits(trainer: Any) -> Iterator[tuple[str, torch.Tensor, dict[str
 def mask_file(trainer: Any, case: str) -> Path | None:
     """Return the file with the mask of a validation case, None where there is none.
 
-    Masks of cases with tags lie in ``labelsVal`` of the raw dataset; their files in ``labelsTr`` do not count.
+    Masks of cases with tags lie in ``labelsVal`` of the raw dataset; their files in ``labelsTr`` do not count. Under
+    fold ``all`` the validation cases train, too, and their masks count as unknown.
     """
+    if trainer.fold == "all":
+        return None
     name = case + trainer.dataset_json["file_ending"]
     base = Path(trainer.preprocessed_dataset_folder_base)
     places = [Path(os.environ.get(RAW, "")) / base.name / VALIDATION_MASKS]

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_dgplugins.methods import cam
 from nnunet_dgplugins.methods.equivariant import losses, transforms
-from nnunet_dgplugins.methods.equivariant.maps import KINDS, foreground_maps, fuse
+from nnunet_dgplugins.methods.equivariant.maps import KINDS, Found, foreground_maps, fuse, fuse_positive
 from nnunet_dgplugins.methods.equivariant.network import UNetCAM, grouped_pass, separate_pass
 from nnunet_dgplugins.methods.equivariant.step import branches, one_graph_at_a_time
 
@@ -205,3 +205,16 @@ def test_grad_cam_from_a_backward_pass_is_the_map_from_the_forward_pass_alone():
     ):
         found = foreground_maps([one], images((2, 1, 24, 24)), kind).maps[:, 0]
         torch.testing.assert_close(found, cam.normalise(raw), rtol=0, atol=1e-10)
+
+
+def test_in_a_positive_slice_a_network_that_calls_it_negative_counts_only_where_all_do():
+    maps = torch.rand((3, 2, 4, 4), generator=torch.Generator().manual_seed(2))
+    present = torch.tensor([[0, 1], [1, 1], [0, 0]])  # one silent, none, all
+    logits = torch.stack([1 - present, present], -1).transpose(0, 1).float()
+    found = Found(logits, maps)
+    assert torch.equal(found.present, present)
+    for fusion, both in (("mean", maps.mean(1)), ("max", maps.amax(1))):
+        fused = fuse_positive(found, fusion)
+        torch.testing.assert_close(fused, torch.stack([maps[0, 1], both[1], both[2]]))
+        assert not torch.equal(fused[0], both[0])
+    assert torch.equal(fuse_positive(found, 0), maps[:, 0])  # asked for by name, silent or not

@@ -51,6 +51,7 @@ def test_batches_hold_whole_patches_of_the_fold_with_the_tables_tags(patches: Wo
         assert one["tags"].tolist() == shown
     other = sum(UNEQUAL.sizes[number % 3] != size for number in range(6))
     assert f"{other} of 6 training patches are not {size[0]} x {size[1]} and are resized." in log_of(trainer)
+    assert f"at another scale; convert with --resize {max(size)}" in log_of(trainer)
     trainer.on_train_end()
 
 

@@ -138,7 +138,7 @@ def test_fold_all_trains_and_validates_on_every_tagged_case(patches: World, trai
     after_its_stage(patches, trainer, "all").command(trainer, fold="all")
     folder = validated(patches, trainer, "all")
     assert {path.stem for path in folder.glob("*.png")} == {f"case_{number}" for number in range(PATCHES.cases)}
-    assert read_json(folder / "iou.json")["cases"] == 2  # others have no real masks
+    assert not (folder / "iou.json").exists()  # masks of patches that train count as unknown
     assert len(patches.predict(patches.model(trainer), fold="all")) == 2
 
 

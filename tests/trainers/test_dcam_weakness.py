@@ -49,6 +49,24 @@ def test_masks_of_validation_patches_alone_are_opened(patches: World, trainer: s
     assert data / "case_0.b2nd" in paths  # a library written in C is seen
 
 
+@linux
+@both
+def test_fold_all_opens_no_mask_because_every_case_trains(patches: World, trainer: str):
+    after_its_stage(patches.use(PATCHES, own=True), trainer, "all")
+    folders = [patches.raw / name for name in ("labelsTr", "labelsVal", "labelsTs")]
+    data = patches.preprocessed / "nnUNetPlans_2d"
+    with Opened(*folders, patches.preprocessed / "gt_segmentations", data) as opened:
+        patches.command(trainer, "all")
+        names = {(path.parent, path.name) for path in map(Path, opened.paths()) if path.suffix}
+    assert {folder for folder, _ in names} == {data}
+    assert not any("_seg" in name for _, name in names)
+    folder = patches.model(trainer) / "fold_all"
+    assert not (folder / "validation_cam" / "iou.json").exists()
+    if trainer == SECOND:
+        (log,) = folder.glob("training_log_*.txt")
+        assert "8 of 8 validation patches have no real masks" in log.read_text()
+
+
 @both
 def test_other_tags_give_other_weights(patches: World, trainer: str):
     after_its_stage(patches.use(PATCHES, own=True), trainer).train(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,30 @@ def test_killed_and_run_again_the_same_bytes_come_out(model: Path, tagged: World
     assert everything(make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.3), linked=False)) == expected
 
 
-def test_a_positive_slice_that_no_network_believes_in_takes_the_ungated_map(model: Path, tagged: World):
+def weigh_absent(model: Path, more: dict[int, float]) -> None:
+    """Weigh absent so much more than present in networks by number; the map of present is what it was."""
     path = model / "fold_0" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
-    for key, value in content["network_weights"].items():
-        if key.endswith("classifier.weight"):  # absent wins everywhere, and the map of present is what it was
-            value[0] = value[1] + 10
+    for number, weight in more.items():
+        classifier = content["network_weights"][f"networks.{number}.classifier.weight"]
+        classifier[0] = classifier[1] + weight
     torch.save(content, path)
+
+
+def test_a_network_that_calls_a_positive_slice_negative_does_not_count_there(model: Path, tagged: World):
+    weigh_absent(model, {0: 10, 1: -10})
+    above = Choices(threshold=0.6)  # which the mean of a map and of nothing does not reach
+    masks = arrays(make_pseudo_labels(model, NUMBER, choices=above) / "labelsTr")
+    other = replace(above, fusion="1", gate="none")
+    alone = arrays(make_pseudo_labels(model, NUMBER + 1, choices=other) / "labelsTr")
+    for name, mask in masks.items():
+        for z, tag in enumerate(tags(tagged)[name]):
+            assert np.array_equal(mask[z], alone[name][z] * tag)
+    assert any(mask.any() for mask in masks.values())
+
+
+def test_a_positive_slice_that_no_network_believes_in_takes_the_ungated_map(model: Path, tagged: World):
+    weigh_absent(model, {0: 10, 1: 10})
     by_tag = make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.2))
     masks = arrays(by_tag / "labelsTr")
     assert any(mask.any() for mask in masks.values())
@@ -136,6 +154,22 @@ def test_other_choices_and_other_folds_make_the_dataset_anew_when_that_is_allowe
     tagged.write_splits([{"train": ["case_0"], "val": ["case_1"]}])
     make_pseudo_labels(model, NUMBER, choices=Choices(threshold=0.1, fusion="1", gate="none"), overwrite=True)
     assert read_json(first / "splits_final.json") == [{"train": ["case_0"], "val": ["case_1"]}]
+
+
+def test_positive_slices_that_got_nothing_are_counted(model: Path, tagged: World, monkeypatch: pytest.MonkeyPatch):
+    def all_but_the_first(self: Any, data: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        drawn = tags.clone()
+        drawn[tags.argmax()] = 0
+        return drawn.float()[:, None, None].expand(data.shape[1:])
+
+    said: list[str] = []
+    monkeypatch.setattr(EquivariantDrawer, "_maps", all_but_the_first)
+    make_pseudo_labels(model, NUMBER, say=said.append)
+    positive = sum(sum(own) for own in tags(tagged).values())
+    assert f"5 of {positive} slices tagged positive got no voxel. Lower --threshold (0.5 now); " in said[-1]
+    monkeypatch.setattr(EquivariantDrawer, "_maps", lambda self, data, tags: torch.ones(data.shape[1:]))
+    make_pseudo_labels(model, NUMBER + 1, say=said.append)
+    assert said[-1].endswith("foreground voxels in 5 cases.")
 
 
 def test_a_threshold_that_nothing_reaches_is_said_and_leaves_nothing(model: Path, tagged: World):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TAGGED, World
+from stages import same, weights
 from tiny_dataset import ENDING, Recipe
 
 from nnunet_dgplugins.budget import Budget, BudgetRun
@@ -30,15 +31,6 @@ from nnunet_dgplugins.trainers.equivariant import _Slices
 from nnunet_dgplugins.trainers.measure_equivariance import _untrained, differences
 
 TRAINER = "EquivariantCAMTrainer"
-
-
-def weights(world: World) -> dict[str, torch.Tensor]:
-    content = torch.load(world.model(TRAINER) / "fold_0" / "checkpoint_final.pth", weights_only=False)
-    return dict(content["network_weights"])
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_batches_hold_whole_slices_of_training_cases_with_the_tables_tags(tagged: World):
@@ -87,51 +79,6 @@ def test_tags_go_through_nnunets_crop():
         slice_tags(table, "b", properties, [0, 1, 2])
 
 
-def test_label_files_can_hold_anything_and_not_one_bit_of_the_weights_changes(tagged: World):
-    tagged.use(TAGGED, own=True).train(TRAINER)
-    before = weights(tagged)
-    for folder in (tagged.raw / "labelsTr", tagged.preprocessed / "gt_segmentations"):
-        for path in folder.glob(f"*{ENDING}"):
-            path.write_bytes(b"no image")
-    gone = list(tagged.preprocessed.glob("nnUNetPlans_2d/*_seg.b2nd"))
-    assert len(gone) == TAGGED.cases
-    for path in gone:
-        path.unlink()
-    tagged.elsewhere("again").train(TRAINER)
-    assert same(before, weights(tagged))
-
-
-def test_other_tags_give_other_weights(tagged: World):
-    tagged.use(TAGGED, own=True).train(TRAINER)
-    before = weights(tagged)
-
-    def turned(content: dict[str, Any]) -> None:
-        for case in content["dgplugins"]["cases"].values():
-            if "tags" in case:
-                case["tags"] = [1 - tag for tag in case["tags"]]
-
-    tagged.edit_json("dataset.json", turned)
-    tagged.elsewhere("again").train(TRAINER)
-    assert not same(before, weights(tagged))
-
-
-def test_no_mask_of_a_training_case_is_opened(tagged: World, monkeypatch: pytest.MonkeyPatch):
-    import SimpleITK as sitk
-
-    opened: list[str] = []
-    read = sitk.ReadImage
-
-    def noting(path: Any, *arguments: Any) -> Any:
-        opened.append(str(path))
-        return read(path, *arguments)
-
-    monkeypatch.setattr(sitk, "ReadImage", noting)
-    tagged.command(TRAINER)
-    labels = [Path(path) for path in opened if "labels" in path or "gt_segmentations" in path]
-    assert {path.parent.name for path in labels} == {"labelsVal"}
-    assert {path.name for path in labels} == {f"case_0{ENDING}"}  # fold 0 validates on it
-
-
 def test_the_dice_per_volume_is_that_of_the_prediction_and_never_of_tags(tagged: World):
     tagged.settings(epochs=2, iterations_per_epoch=8)
     tagged.command(TRAINER)
@@ -177,6 +124,29 @@ def test_the_threshold_may_be_chosen_by_the_validation_volumes_and_stays_with_th
     assert all(np.array_equal(a, b) for a, b in zip(tagged.predict(model), expected, strict=True))
 
 
+def test_a_volume_whose_mask_is_empty_is_listed_and_counts_in_no_mean(tagged: World):
+    import SimpleITK as sitk
+
+    tagged.use(TAGGED, own=True)
+    first, second = (tagged.raw / "labelsVal" / f"case_{number}{ENDING}" for number in (0, 4))
+    image = sitk.ReadImage(str(second))
+    sitk.WriteImage(image * 0, str(second))
+    tagged.write_splits([{"train": ["case_1", "case_2", "case_3"], "val": ["case_0", "case_4"]}])
+    tagged.settings(threshold=1.0, choose_threshold=True)  # nothing is above 1: the empty volume would have Dice 1
+    tagged.command(TRAINER)
+    fold = tagged.model(TRAINER) / "fold_0"
+    result = json.loads((fold / "validation_cam" / "cam_dice.json").read_text())
+    assert list(result["cases"]) == ["case_0"]
+    assert result["empty"] == ["case_4"]
+    assert result["mean"] == result["cases"]["case_0"]
+    (log,) = fold.glob("training_log_*.txt")
+    assert "Masks of case_4 are empty" in log.read_text()
+    sitk.WriteImage(sitk.ReadImage(str(first)) * 0, str(first))
+    tagged.command(TRAINER, only_run_validation=True)
+    assert not (fold / "validation_cam" / "cam_dice.json").exists()
+    assert json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] is None
+
+
 def test_validation_goes_without_dice_where_no_mask_is_known(tagged: World):
     tagged.use(TAGGED, own=True)
     (tagged.raw / "labelsVal" / f"case_0{ENDING}").unlink()
@@ -214,7 +184,7 @@ def test_choices_of_speed_and_memory_change_results_by_rounding_only(tagged: Wor
     def step() -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         trainer = tagged.train(TRAINER)
         gradients = [state["exp_avg"] for state in trainer.optimizer.state.values()]  # a tenth of the only gradient
-        return {key: value for key, value in weights(tagged).items() if "running" in key}, gradients
+        return {key: value for key, value in weights(tagged, TRAINER).items() if "running" in key}, gradients
 
     # one thread and PyTorch's own kernels: a ReLU whose input is 0 up to rounding lets a gradient jump
     with torch.backends.mkldnn.flags(enabled=False):
@@ -242,12 +212,12 @@ def test_a_dataset_with_masks_is_refused_until_tags_are_to_be_derived_and_then_t
         cases = read_json(folder / "dataset.json")["dgplugins"]["cases"]
         assert {len(case["tags"]) for case in cases.values()} == {4, 5, 6}
         assert all(case["tags"][-1] == 0 and sum(case["tags"]) == len(case["tags"]) - 1 for case in cases.values())
-    before = weights(world)
+    before = weights(world, TRAINER)
     for path in (world.preprocessed / "gt_segmentations").glob(f"*{ENDING}"):
         path.write_bytes(b"no image")
     world.settings()  # the table has them now
     world.elsewhere("again").train(TRAINER)
-    assert same(before, weights(world))
+    assert same(before, weights(world, TRAINER))
 
 
 def test_cases_without_masks_get_no_tags_and_unknown_slices_are_an_error(world: World):
