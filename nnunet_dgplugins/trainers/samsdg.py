@@ -36,7 +36,7 @@ from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings, SAMSDGSettings
-from nnunet_dgplugins.trainers.earlier_stage import Finished
+from nnunet_dgplugins.trainers.earlier_stage import Finished, refuse_other_build
 from nnunet_dgplugins.trainers.samsdg_canvases import (
     CanvasBatches,
     Canvases,
@@ -46,11 +46,9 @@ from nnunet_dgplugins.trainers.samsdg_canvases import (
     true_boxes,
 )
 from nnunet_dgplugins.trainers.samsdg_coarse import SAMSDGCoarseTrainer, SliceMaskTrainer, build_coarse
-from nnunet_dgplugins.trainers.samsdg_step_one import check_same_data, find_step_one
+from nnunet_dgplugins.trainers.samsdg_step_one import BUILT_FROM, COARSE, STEP_ONE, check_same_data, find_step_one
 
 __all__ = ["SAMSDGCoarseTrainer", "SAMSDGTrainer"]
-
-_COARSE = "coarse"  # key in the plans beside the model: step 1's settings
 
 
 class SAMSDGTrainer(SliceMaskTrainer):
@@ -102,7 +100,9 @@ class SAMSDGTrainer(SliceMaskTrainer):
 
     def beside_settings(self) -> dict[str, Any]:
         """Keep what the network inside depends on."""
-        return {**super().beside_settings(), _COARSE: settings.to_dict(self.step_one.settings)}
+        first = settings.to_dict(self.step_one.settings)
+        refuse_other_build(self, STEP_ONE.name, COARSE, first, BUILT_FROM)
+        return {**super().beside_settings(), COARSE: first}
 
     @classmethod
     def build_network_architecture(
@@ -117,7 +117,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         block = configuration_manager.configuration[settings.KEY]
         where = f"{cls.__name__}, plans beside the model"
         chosen = settings.build(SAMSDGSettings, block[cls.__name__], where)
-        first = settings.build(SAMSDGCoarseSettings, block[_COARSE], where)
+        first = settings.build(SAMSDGCoarseSettings, block[COARSE], where)
         classes = num_output_channels - (block["heads"] == "classes")
         model = get_model(chosen.sam)
         mask_decoder = build_mask_decoder(model, classes)

@@ -155,3 +155,16 @@ def test_every_fold_has_a_step_1_of_its_own(world: World):
     world.train(SAM, 1)
     used = bytes(checkpoint(world, SAM, fold=1)["network_weights"]["coarse_hash"].tolist()).hex()
     assert used == coarse_hash(world, 1) != coarse_hash(world, 0)
+
+
+def test_folds_share_one_build_of_step_1(world: World):
+    """Else the plans beside the model would rebuild the first fold's network with the second's sizes."""
+    step_one(world)
+    world.train(SAM)
+    plans = (world.model(SAM) / "plans.json").read_bytes()
+    shutil.rmtree(world.model(COARSE))
+    step_one(world, 1, image_size=128)
+    expected = r"trained with another step 1 \(image_size: 64, now 128\)\. Move the folder, or use another plans name"
+    with pytest.raises(UserError, match=expected):
+        world.construct(SAM, fold=1)
+    assert (world.model(SAM) / "plans.json").read_bytes() == plans
