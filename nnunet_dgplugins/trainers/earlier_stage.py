@@ -104,6 +104,36 @@ class Stage:
         return words if plans["plans_name"] == "nnUNetPlans" else f"{words} -p {plans['plans_name']}"
 
 
+class Stamped:
+    """A trainer whose checkpoints carry a hash of what it learns from: for a later stage, and for going on."""
+
+    output_folder: str
+    #: set by :meth:`claim`
+    stamp: str
+    _stamp_loaded: str | None = None
+
+    def claim(self, stamp: str) -> None:
+        """Keep the stamp of what this training learns from.
+
+        Raises:
+            UserError: it is continued, and began with other data.
+        """
+        if self._stamp_loaded not in (None, stamp):
+            raise UserError(
+                f"{type(self).__name__}: what this training learns from (cases, images, labels or tags, classes, an "
+                f"earlier stage) has changed since it began. Remove {self.output_folder} and start it anew, without --c."
+            )
+        self.stamp = stamp
+
+    def extra_state(self) -> dict[str, Any]:
+        """Keep what the network was trained on, so that a later stage and a continued training can tell."""
+        return {STAMP: self.stamp}
+
+    def load_extra_state(self, extra: dict[str, Any] | None) -> None:
+        """Take over what a continued training was begun with."""
+        self._stamp_loaded = (extra or {}).get(STAMP)
+
+
 def refuse_other_build(trainer: Any, stage: str, key: str, first: Mapping[str, Any], built_from: Sequence[str]) -> None:
     """Refuse an earlier stage of another build than that of the folds already trained, which share one plans file.
 

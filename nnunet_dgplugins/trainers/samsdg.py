@@ -175,7 +175,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         """Return loaders of canvases in training and of cases in validation."""
         chosen, network = self.settings, self.network
         dataset, train, val = self.read_fold(network.decoder.tile)
-        check_same_data(self.step_one, self.stamp, type(self).__name__)
+        check_same_data(self.step_one, self.data_stamp, type(self).__name__)
         network.eval()
         asked = self._prompted(dataset, train)
         part = asked.only(asked.shown)

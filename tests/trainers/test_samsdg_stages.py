@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import World
-from samsdg_worlds import COARSE, SAM, before, checkpoint, step_one
+from samsdg_worlds import COARSE, LEARNS, SAM, before, checkpoint, step_one
 from tiny_dataset import Recipe
 
 from nnunet_dgplugins.errors import UserError
@@ -56,6 +56,19 @@ def test_a_step_1_of_other_images_or_other_cases_is_stale(world: World):
     world.write_splits([{"train": ["case_0", "case_1"], "val": ["case_3"]}])
     with pytest.raises(UserError, match="trained on other cases"):
         world.train(SAM)
+
+
+def test_step_1_is_not_continued_on_other_images(world: World):
+    """Else its checkpoint would carry the stamp of data that it has not seen, and step 2 would take it."""
+    world.use(Recipe(), own=True)
+    final = step_one(world) / "fold_0" / "checkpoint_final.pth"
+    kept, folder = final.read_bytes(), world.preprocessed / "nnUNetPlans_2d"
+    for kind in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copy(folder / f"case_1{kind}", folder / f"case_2{kind}")
+    world.settings(**LEARNS)
+    with pytest.raises(UserError, match=r"has changed since it began\. Remove .*fold_0 and start it anew, without --c"):
+        world.command(COARSE, continue_training=True)
+    assert final.read_bytes() == kept
 
 
 def test_both_steps_see_the_same_images_or_the_second_says_which_setting_differs(world: World):
