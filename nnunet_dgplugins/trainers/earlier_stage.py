@@ -120,8 +120,8 @@ class Stamped:
         """
         if self._stamp_loaded not in (None, stamp):
             raise UserError(
-                f"{type(self).__name__}: what this training learns from (cases, images, labels or tags, classes, an "
-                f"earlier stage) has changed since it began. Remove {self.output_folder} and start it anew, without --c."
+                f"{type(self).__name__}: what this training learns from (cases, images, labels or tags, an earlier "
+                f"stage) has changed since it began. Remove {self.output_folder} and start it anew, without --c."
             )
         self.stamp = stamp
 

@@ -18,7 +18,6 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.loaders import SliceLoader, image_shape, read_image, read_properties
 from nnunet_dgplugins.data.tags import image_tags
-from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.confusion import DatasetScores, Matrix, confusion, dataset_scores
 from nnunet_dgplugins.files import CAM_VALIDATION, write_json
 from nnunet_dgplugins.methods.dcam.masks import IGNORE

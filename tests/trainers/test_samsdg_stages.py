@@ -176,8 +176,20 @@ def test_folds_share_one_build_of_step_1(world: World):
     world.train(SAM)
     plans = (world.model(SAM) / "plans.json").read_bytes()
     shutil.rmtree(world.model(COARSE))
+    step_one(world, 0, image_size=128)
     step_one(world, 1, image_size=128)
     expected = r"trained with another step 1 \(image_size: 64, now 128\)\. Move the folder, or use another plans name"
     with pytest.raises(UserError, match=expected):
         world.construct(SAM, fold=1)
+    with pytest.raises(UserError, match=expected):  # trained again from the start, over what is there
+        world.train(SAM)
+    world.command(SAM, only_run_validation=True)
     assert (world.model(SAM) / "plans.json").read_bytes() == plans
+
+
+def test_validation_needs_no_step_1(world: World):
+    step_one(world)
+    world.train(SAM)
+    shutil.rmtree(world.model(COARSE))
+    world.command(SAM, only_run_validation=True)
+    assert (world.model(SAM) / "fold_0" / "validation" / "summary.json").is_file()
