@@ -1,4 +1,4 @@
-"""The SAM-SDG paper's own number (arXiv 2401.02076), ``paper_dice``, as its released code computes it.
+"""The SAM-SDG paper's own number (arXiv 2401.02076), its ``paper_dice``, as the released code computes it.
 
 The unit is a canvas of four slices, not a case. For each unseen site and each class:
 
