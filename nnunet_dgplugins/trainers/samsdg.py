@@ -164,7 +164,6 @@ class SAMSDGTrainer(SliceMaskTrainer):
         found = self.step_one
         self._refuse_other_build(settings.to_dict(found.settings))  # a fold may be trained over an older one
         self.network.adopt_coarse(found.weights, found.digest)
-        self.print_to_log_file(f"Step 1: {found.path}")
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Adam at a constant rate with L2 over what gets true gradients."""
@@ -185,6 +184,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
                 f"{type(self).__name__}: step 1 has been trained anew since ({step_one.path}), and its boxes are "
                 f"others. Remove {self.output_folder} and train again, without --c."
             )
+        self.print_to_log_file(f"Step 1: {step_one.path}")
         super().on_train_start()
 
     # ---------------------------------------------------------------- data
