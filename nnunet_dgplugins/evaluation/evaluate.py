@@ -235,7 +235,9 @@ def _measure(
         problems += _unknown_values(path, maps[-1].values, classes.allowed(reference=is_reference))
     if len(maps) == 2 and (difference := maps[0].geometry_difference(maps[1])):
         problems.append(Problem(str(guess_file), f"grid differs from the label's: {difference}", "the label's grid"))
-    return _Found(problems=problems) if problems else _Found(_compare(protocol, *maps, classes, ends_left_out))
+    if problems:
+        return _Found(problems=problems)
+    return _Found(_compare(protocol, maps[0], maps[1], classes, ends_left_out))
 
 
 def _compare(protocol: str, truth: LabelMap, guess: LabelMap, classes: Classes, ends_left_out: bool) -> Any:
