@@ -36,6 +36,7 @@ FACTS = Facts(
     mapping={0: 0, 1: 1, 2: 1},
     splits=("kfold", "desam"),
     neighbours=True,
+    ends_left_out=True,
     reference="https://github.com/zzzqzhou/RAM-DSIR",
     licence="as the public sources (NCI-ISBI 2013, I2CVB, PROMISE12): research use",
 )

@@ -255,6 +255,7 @@ def _table(plan: Plan, reports: list[Checked], test: Collection[str] = (), diges
         protocol={
             **plan.options(),
             **({"simulated": True} if plan.facts.simulated else {}),
+            **({"ends_left_out": True} if plan.facts.ends_left_out else {}),
             "input": digest,
             "version": __version__,
         },

@@ -81,6 +81,8 @@ class Facts:
         tags: whether the dataset can be a weak one, of image tags in place of masks (:mod:`dataset_conversion._tags`).
             Such sources have several modalities, no source and target sites, and ``sites`` is empty.
         neighbours: whether the slices below and above can be written as further channels.
+        ends_left_out: whether the source lacks the first and the last slice of every scan; said in the case table, and
+            the SAM-SDG protocol then leaves out no more of them.
     """
 
     command: str
@@ -104,6 +106,7 @@ class Facts:
     simulated: bool = False
     tags: bool = False
     neighbours: bool = False
+    ends_left_out: bool = False
 
     def site(self, text: str) -> Site:
         """Return the site that ``text`` means; ``without_X`` stands for every site but X, as one source.

@@ -158,7 +158,8 @@ def evaluate(
         if not files:
             raise UserError(f"{folder}: no file ending in {dataset.file_ending}.")
     cases, problems, notes = _pair(dataset, truths, guesses, labels, predictions, partial_folder)
-    work = [(case, truths[case], guesses[case], classes, protocol) for case in cases]
+    ends_left_out = bool(dataset.table.protocol.get("ends_left_out", False))
+    work = [(case, truths[case], guesses[case], classes, protocol, ends_left_out) for case in cases]
     results = run("Evaluating", _measure, work, jobs if len(work) >= _FEW_CASES else 1)
     for found in results:
         problems += found.problems
@@ -220,7 +221,9 @@ class _Found:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _measure(case: str, truth_file: Path, guess_file: Path, classes: Classes, protocol: str) -> _Found:
+def _measure(
+    case: str, truth_file: Path, guess_file: Path, classes: Classes, protocol: str, ends_left_out: bool
+) -> _Found:
     """Read and compare one case; at module level, because worker processes import it."""
     maps, problems = [], []
     for path, is_reference in ((truth_file, True), (guess_file, False)):
@@ -232,15 +235,17 @@ def _measure(case: str, truth_file: Path, guess_file: Path, classes: Classes, pr
         problems += _unknown_values(path, maps[-1].values, classes.allowed(reference=is_reference))
     if len(maps) == 2 and (difference := maps[0].geometry_difference(maps[1])):
         problems.append(Problem(str(guess_file), f"grid differs from the label's: {difference}", "the label's grid"))
-    return _Found(problems=problems) if problems else _Found(_compare(protocol, maps[0], maps[1], classes))
+    if problems:
+        return _Found(problems=problems)
+    return _Found(_compare(protocol, maps[0], maps[1], classes, ends_left_out))
 
 
-def _compare(protocol: str, truth: LabelMap, guess: LabelMap, classes: Classes) -> Any:
+def _compare(protocol: str, truth: LabelMap, guess: LabelMap, classes: Classes, ends_left_out: bool) -> Any:
     pair = (truth.values, guess.values)
     if protocol == "desam":
         return desam_protocol.case_dice(*pair, classes.values, classes.ignore)
     if protocol == "samsdg":
-        return samsdg_protocol.slice_counts(*pair, classes.values, classes.ignore)
+        return samsdg_protocol.slice_counts(*pair, classes.values, classes.ignore, ends_left_out=ends_left_out)
     if protocol == "dcam":
         return dcam_protocol.case_counts(*pair, classes.values)
     return metrics.class_metrics(*pair, truth.spacing, classes.values, classes.ignore)

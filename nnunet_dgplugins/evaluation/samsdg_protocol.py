@@ -1,9 +1,10 @@
-"""The SAM-SDG paper's own number (arXiv 2401.02076), ``paper_dice``, as its released code computes it.
+"""The SAM-SDG paper's own number (arXiv 2401.02076), its ``paper_dice``, as the released code computes it.
 
 The unit is a canvas of four slices, not a case. For each unseen site and each class:
 
 1. Slices: the cases sorted by name, slices in order, those without the class in the reference skipped, and the first
-   and the last slice of a volume left out (the method's images hold three adjacent slices as channels).
+   and the last slice of a volume left out (the method's images hold three adjacent slices as channels). A dataset
+   whose case table says ``ends_left_out`` in its protocol has lost them already, and all of its slices count.
 2. Each slice is resized to 512 x 512 by nearest neighbour. The released code resizes masks bilinearly, which shrinks
    them, and predicts at 512 x 512; here both masks take the same resize.
 3. Four consecutive slices, also of neighbouring volumes, make a canvas; an incomplete last canvas is dropped.
@@ -42,12 +43,23 @@ def slice_counts(
     prediction: npt.NDArray[np.integer],
     classes: Mapping[str, Sequence[int]],
     ignore: int | None = None,
+    *,
+    ends_left_out: bool = False,
 ) -> dict[str, list[Counts]]:
-    """Return for each class the counts of the slices of one volume (z, y, x) that count; an image is one slice."""
+    """Return for each class the counts of the slices of one volume (z, y, x) that count; an image is one slice.
+
+    Args:
+        reference: label values.
+        prediction: label values, of the same shape.
+        classes: class name to its label values.
+        ignore: label value of the reference that counts nowhere.
+        ends_left_out: the scan's first and last slice are not in the volume, so that every slice may count.
+    """
     result = {}
     for name, truth, guess in class_masks(reference, prediction, classes, ignore):
         # an image has no neighbours to lack, so only volumes lose their ends
-        slices = range(1, len(truth) - 1) if truth.ndim == 3 else range(1)
+        end = 0 if ends_left_out else 1
+        slices = range(end, len(truth) - end) if truth.ndim == 3 else range(1)
         truths, guesses = (mask if mask.ndim == 3 else mask[None] for mask in (truth, guess))
         result[name] = [_counts(truths[index], guesses[index]) for index in slices if truths[index].any()]
     return result

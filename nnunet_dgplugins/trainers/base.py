@@ -97,7 +97,7 @@ class DGTrainer(nnUNetTrainer):
         cls, plans: dict[str, Any], configuration: str, model_folder: Path | None, dataset_json: dict[str, Any]
     ) -> settings.TrainingSettings:
         resolved = settings.resolve(cls.settings_class, plans, configuration, cls.__name__)
-        trained = _settings_beside_model(model_folder, configuration, cls.__name__)
+        trained = settings_beside_model(model_folder, configuration, cls.__name__)
         resolved = cls.complete_settings(resolved, trained or {}, dataset_json)
         if trained:
             asked = settings.to_dict(resolved)
@@ -358,8 +358,14 @@ def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Pa
     return Path(results) / plans["dataset_name"] / f"{trainer}__{plans['plans_name']}__{configuration}"
 
 
-def _settings_beside_model(folder: Path | None, configuration: str, trainer: str) -> dict[str, Any] | None:
-    """Return the settings of a model that has checkpoints, None if there is none."""
+def settings_beside_model(folder: Path | None, configuration: str, trainer: str) -> dict[str, Any] | None:
+    """Return a block of settings kept beside a model that has checkpoints, None if there is none.
+
+    Args:
+        folder: of the model, with its folds.
+        configuration: of the plans.
+        trainer: name of the block: the trainer, or what its ``beside_settings`` calls an earlier stage.
+    """
     if folder is None or not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
         return None
     return settings.configuration_block(read_json(folder / "plans.json"), configuration, trainer) or None

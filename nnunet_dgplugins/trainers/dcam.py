@@ -25,14 +25,14 @@ from nnunet_dgplugins.methods.dcam.resnet38 import ResNet38
 from nnunet_dgplugins.methods.dcam.segmenter import CAMClassifier, GatedSegmenter
 from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.trainers.dcam_stages import (
+    BUILT_FROM,
     CLASSIFIER,
     STAGE_ONE,
     PseudoMasks,
     find_classifier,
-    refuse_other_classifier,
     stage_stamp,
 )
-from nnunet_dgplugins.trainers.earlier_stage import Finished
+from nnunet_dgplugins.trainers.earlier_stage import Finished, refuse_other_build
 from nnunet_dgplugins.trainers.patches import (
     Patches,
     TaggedPatchTrainer,
@@ -211,7 +211,7 @@ class DCAMTrainer(TaggedPatchTrainer):
     def beside_settings(self) -> dict[str, Any]:
         """Keep what the network inside and the number of outputs depend on."""
         first = settings.to_dict(self.stage_one.settings)
-        refuse_other_classifier(self, first)
+        refuse_other_build(self, STAGE_ONE.name, CLASSIFIER, first, BUILT_FROM)
         return {"background": background_is_class(self.dataset_json), CLASSIFIER: first}
 
     @property

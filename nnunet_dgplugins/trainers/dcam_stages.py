@@ -17,7 +17,6 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import (
     content_hash,
     human_bytes,
-    read_json,
     replacing,
     require_disk,
 )
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 STAGE_ONE = Stage("DCAMClassifierTrainer", "stage 1", "classifier.")
 FOLDER = "dgplugins_pseudo_masks"
 CLASSIFIER = "classifier"  # key in the plans beside stage 2's model: stage 1's settings
-_BUILT_FROM = ("width_divisor", "pcnorm")
+BUILT_FROM = ("width_divisor", "pcnorm")  # what of them the network inside is rebuilt from
 _SAYS_EVERY = 30.0  # seconds
 
 
@@ -57,29 +56,6 @@ def find_classifier(trainer: DCAMTrainer) -> Finished:
             f"dataset has now. Remove {found.path.parent} and run: {found.command}"
         )
     return found
-
-
-def refuse_other_classifier(trainer: DCAMTrainer, first: Mapping[str, Any]) -> None:
-    """Refuse a stage 1 of another build than that of the folds already trained, which share one plans file.
-
-    Args:
-        trainer: stage 2.
-        first: stage 1's settings.
-
-    Raises:
-        UserError: they differ in what the network is rebuilt from.
-    """
-    folder = Path(trainer.output_folder_base)
-    if not (folder / "plans.json").is_file() or not any(folder.glob("fold_*/checkpoint_*.pth")):
-        return
-    own = read_json(folder / "plans.json")["configurations"].get(trainer.configuration_name, {})
-    kept = own.get(settings.KEY, {}).get(CLASSIFIER, first)
-    changed = [f"{key}: {kept[key]!r}, now {first[key]!r}" for key in _BUILT_FROM if kept[key] != first[key]]
-    if changed:
-        raise UserError(
-            f"{type(trainer).__name__}: {folder} was trained with another stage 1 ({'; '.join(changed)}). Move the "
-            "folder, or use another plans name (dgplugins configure ... -o NAME) for both stages."
-        )
 
 
 def draws_white(chosen: DCAMClassifierSettings, dataset_json: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import RESULTS, nnunet_folder, read_json
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.sam.weights import hash_state
+from nnunet_dgplugins.trainers.base import settings_beside_model
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 STAMP = "stamp"  # key in a checkpoint's block of ours: hash of what the stage learnt from
@@ -101,3 +102,60 @@ class Stage:
     def _command(self, plans: Mapping[str, Any], configuration: str, fold: int | str) -> str:
         words = f"nnUNetv2_train {int(plans['dataset_name'][7:10])} {configuration} {fold} -tr {self.trainer}"
         return words if plans["plans_name"] == "nnUNetPlans" else f"{words} -p {plans['plans_name']}"
+
+
+class Stamped:
+    """A trainer whose checkpoints carry a hash of what it learns from: for a later stage, and for going on."""
+
+    output_folder: str
+    #: set by :meth:`claim`
+    stamp: str
+    _stamp_loaded: str | None = None
+
+    def claim(self, stamp: str) -> None:
+        """Keep the stamp of what this training learns from.
+
+        Raises:
+            UserError: it is continued, and began with other data.
+        """
+        if self._stamp_loaded not in (None, stamp):
+            raise UserError(
+                f"{type(self).__name__}: what this training learns from (cases, images, labels or tags, an earlier "
+                f"stage) has changed since it began. Remove {self.output_folder} and start it anew, without --c."
+            )
+        self.stamp = stamp
+
+    def extra_state(self) -> dict[str, Any]:
+        """Keep what the network was trained on, so that a later stage and a continued training can tell."""
+        return {STAMP: self.stamp}
+
+    def load_extra_state(self, extra: dict[str, Any] | None) -> None:
+        """Take over what a continued training was begun with."""
+        self._stamp_loaded = (extra or {}).get(STAMP)
+
+
+def refuse_other_build(trainer: Any, stage: str, key: str, first: Mapping[str, Any], built_from: Sequence[str]) -> None:
+    """Refuse an earlier stage of another build than that of the folds already trained, which share one plans file.
+
+    Args:
+        trainer: of the later stage.
+        stage: the earlier one in messages, ``stage 1``.
+        key: of the earlier stage's settings in the plans beside the later one's model.
+        first: the earlier stage's settings now.
+        built_from: names of those that the network inside is rebuilt from.
+
+    Raises:
+        UserError: one of these differs.
+    """
+    folder = Path(trainer.output_folder_base)
+    kept = settings_beside_model(folder, trainer.configuration_name, key) or {}
+    changed = [
+        f"{name}: {kept[name]!r}, now {first[name]!r}"
+        for name in built_from
+        if name in kept and kept[name] != first[name]
+    ]
+    if changed:
+        raise UserError(
+            f"{type(trainer).__name__}: {folder} was trained with another {stage} ({'; '.join(changed)}). Move the "
+            f"folder, or use another plans name (dgplugins configure ... -o NAME) for {stage} and what follows it."
+        )

@@ -18,14 +18,13 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import CaseTable
 from nnunet_dgplugins.data.loaders import SliceLoader, image_shape, read_image, read_properties
 from nnunet_dgplugins.data.tags import image_tags
-from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.confusion import DatasetScores, Matrix, confusion, dataset_scores
 from nnunet_dgplugins.files import CAM_VALIDATION, write_json
 from nnunet_dgplugins.methods.dcam.masks import IGNORE
 from nnunet_dgplugins.methods.dcam.optimisation import poly, set_learning_rate
 from nnunet_dgplugins.settings import DCAMClassifierSettings, DCAMSettings
 from nnunet_dgplugins.trainers.base import DGTrainer
-from nnunet_dgplugins.trainers.earlier_stage import STAMP
+from nnunet_dgplugins.trainers.earlier_stage import Stamped
 from nnunet_dgplugins.trainers.validation import known_mask, predicted_logits
 
 SCORES = "iou.json"
@@ -51,14 +50,11 @@ class StepwisePoly:
         set_learning_rate(self.optimizer, poly(self._done, self._steps_per_epoch() * self._epochs()))
 
 
-class TaggedPatchTrainer(DGTrainer):
+class TaggedPatchTrainer(Stamped, DGTrainer):
     """Base of trainers that learn from tags of whole patches; label files of training cases are never opened."""
 
     settings: DCAMClassifierSettings | DCAMSettings
     reads_tags = True
-    #: hash of what the training learns from, kept in its checkpoints
-    stamp: str
-    _stamp_loaded: str | None = None
 
     def __init__(
         self,
@@ -113,29 +109,6 @@ class TaggedPatchTrainer(DGTrainer):
     def tags_of(self, case: str) -> npt.NDArray[np.int64]:
         """Return which classes a case shows (C,)."""
         return image_tags(self.table, case, len(self.class_labels))
-
-    # ---------------------------------------------------------------- what the training learns from
-
-    def claim(self, stamp: str) -> None:
-        """Keep the stamp of what this training learns from.
-
-        Raises:
-            UserError: it is continued, and began with other data.
-        """
-        if self._stamp_loaded not in (None, stamp):
-            raise UserError(
-                f"{type(self).__name__}: what this training learns from (patches, tags, classes, an earlier stage) has "
-                f"changed since it began. Remove {self.output_folder} and start it anew, without --c."
-            )
-        self.stamp = stamp
-
-    def extra_state(self) -> dict[str, Any]:
-        """Keep what the network was trained on, so that a later stage and a continued training can tell."""
-        return {STAMP: self.stamp}
-
-    def load_extra_state(self, extra: dict[str, Any] | None) -> None:
-        """Take over what a continued training was begun with."""
-        self._stamp_loaded = (extra or {}).get(STAMP)
 
     # ---------------------------------------------------------------- loaders
 

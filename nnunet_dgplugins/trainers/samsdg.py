@@ -36,7 +36,8 @@ from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings, SAMSDGSettings
-from nnunet_dgplugins.trainers.earlier_stage import Finished
+from nnunet_dgplugins.trainers.base import settings_beside_model
+from nnunet_dgplugins.trainers.earlier_stage import Finished, refuse_other_build
 from nnunet_dgplugins.trainers.samsdg_canvases import (
     CanvasBatches,
     Canvases,
@@ -46,11 +47,9 @@ from nnunet_dgplugins.trainers.samsdg_canvases import (
     true_boxes,
 )
 from nnunet_dgplugins.trainers.samsdg_coarse import SAMSDGCoarseTrainer, SliceMaskTrainer, build_coarse
-from nnunet_dgplugins.trainers.samsdg_step_one import check_same_data, find_step_one
+from nnunet_dgplugins.trainers.samsdg_step_one import BUILT_FROM, COARSE, STEP_ONE, check_same_data, find_step_one
 
 __all__ = ["SAMSDGCoarseTrainer", "SAMSDGTrainer"]
-
-_COARSE = "coarse"  # key in the plans beside the model: step 1's settings
 
 
 class SAMSDGTrainer(SliceMaskTrainer):
@@ -101,8 +100,20 @@ class SAMSDGTrainer(SliceMaskTrainer):
         return self._step_one
 
     def beside_settings(self) -> dict[str, Any]:
-        """Keep what the network inside depends on."""
-        return {**super().beside_settings(), _COARSE: settings.to_dict(self.step_one.settings)}
+        """Keep what the network inside depends on: of a fold that has a checkpoint as it was, else step 1's."""
+        if not (first := self._kept_step_one()):
+            first = settings.to_dict(self.step_one.settings)
+            self._refuse_other_build(first)
+        return {**super().beside_settings(), COARSE: first}
+
+    def _kept_step_one(self) -> dict[str, Any] | None:
+        """Return step 1's settings as the plans beside this fold's checkpoints have them; None where it has none."""
+        if not any(Path(self.output_folder).glob("checkpoint_*.pth")):
+            return None
+        return settings_beside_model(Path(self.output_folder_base), self.configuration_name, COARSE)
+
+    def _refuse_other_build(self, first: dict[str, Any]) -> None:
+        refuse_other_build(self, STEP_ONE.name, COARSE, first, BUILT_FROM)
 
     @classmethod
     def build_network_architecture(
@@ -117,7 +128,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         block = configuration_manager.configuration[settings.KEY]
         where = f"{cls.__name__}, plans beside the model"
         chosen = settings.build(SAMSDGSettings, block[cls.__name__], where)
-        first = settings.build(SAMSDGCoarseSettings, block[_COARSE], where)
+        first = settings.build(SAMSDGCoarseSettings, block[COARSE], where)
         classes = num_output_channels - (block["heads"] == "classes")
         model = get_model(chosen.sam)
         mask_decoder = build_mask_decoder(model, classes)
@@ -135,18 +146,24 @@ class SAMSDGTrainer(SliceMaskTrainer):
         )
 
     def initialize(self) -> None:
-        """Build the network, then give it SAM's and step 1's weights; a checkpoint loaded later has its own."""
+        """Build the network, then give it SAM's and step 1's weights; a checkpoint loaded later has its own of step 1.
+
+        Where there is one, step 1 is not asked for: validation goes on without it.
+        """
         super().initialize()
         network = self.network
         parts = load_parts(self.encoder.model)
         self.encoder.adopt(parts)
         network.decoder.prompt_encoder.load_state_dict(parts.prompt_encoder.state_dict())
         load_mask_decoder(network.decoder.mask_decoder, parts.mask_decoder_state)
-        network.adopt_coarse(self.step_one.weights, self.step_one.digest)
-        described = self.encoder.model.described
-        self.print_to_log_file(
-            f"SAM encoder: {described}, weights {parts.weights_hash[:12]}. Step 1: {self.step_one.path}"
-        )
+        self.print_to_log_file(f"SAM encoder: {self.encoder.model.described}, weights {parts.weights_hash[:12]}.")
+        if not self._kept_step_one():
+            self._adopt_step_one()
+
+    def _adopt_step_one(self) -> None:
+        found = self.step_one
+        self._refuse_other_build(settings.to_dict(found.settings))  # a fold may be trained over an older one
+        self.network.adopt_coarse(found.weights, found.digest)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """Adam at a constant rate with L2 over what gets true gradients."""
@@ -161,12 +178,13 @@ class SAMSDGTrainer(SliceMaskTrainer):
             self.initialize()
         step_one = self.step_one
         if self.current_epoch == 0:
-            self.network.adopt_coarse(step_one.weights, step_one.digest)
+            self._adopt_step_one()
         elif bytes(self.network.coarse_hash.cpu().tolist()).hex() != step_one.digest:
             raise UserError(
                 f"{type(self).__name__}: step 1 has been trained anew since ({step_one.path}), and its boxes are "
                 f"others. Remove {self.output_folder} and train again, without --c."
             )
+        self.print_to_log_file(f"Step 1: {step_one.path}")
         super().on_train_start()
 
     # ---------------------------------------------------------------- data
@@ -175,7 +193,7 @@ class SAMSDGTrainer(SliceMaskTrainer):
         """Return loaders of canvases in training and of cases in validation."""
         chosen, network = self.settings, self.network
         dataset, train, val = self.read_fold(network.decoder.tile)
-        check_same_data(self.step_one, self.stamp, type(self).__name__)
+        check_same_data(self.step_one, self.data_stamp, type(self).__name__)
         network.eval()
         asked = self._prompted(dataset, train)
         part = asked.only(asked.shown)

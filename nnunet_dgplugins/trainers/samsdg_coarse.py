@@ -27,7 +27,7 @@ from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings
 from nnunet_dgplugins.system import keep_freed_memory
 from nnunet_dgplugins.trainers.base import flattened
-from nnunet_dgplugins.trainers.earlier_stage import STAMP
+from nnunet_dgplugins.trainers.earlier_stage import Stamped
 from nnunet_dgplugins.trainers.samsdg_step_one import data_stamp
 from nnunet_dgplugins.trainers.whole_slices import WholeSliceTrainer, are_colours, are_neighbours
 
@@ -47,6 +47,8 @@ class SliceMaskTrainer(WholeSliceTrainer):
     """What both steps share: channels, one mask channel per class or region, Adam with a constant rate."""
 
     lr_exponent = 0.0
+    #: hash of what the fold has now, set by :meth:`read_fold`
+    data_stamp: str
 
     @classmethod
     def complete_settings(cls, resolved: Any, trained: dict[str, Any], dataset_json: dict[str, Any]) -> Any:
@@ -84,7 +86,7 @@ class SliceMaskTrainer(WholeSliceTrainer):
         """Return the dataset, and the fold's training and validation slices with labels on a grid of ``size``."""
         train_cases, val_cases = self.do_split()
         dataset = self.dataset_class(self.preprocessed_dataset_folder)
-        self.stamp = data_stamp(dataset, train_cases, self.dataset_json)
+        self.data_stamp = data_stamp(dataset, train_cases, self.dataset_json)
         only = self.settings.train_slices == "foreground"
         train = self.read_slices(dataset, train_cases, size, only_foreground=only)
         return dataset, train, self.read_slices(dataset, val_cases, size)
@@ -112,7 +114,7 @@ class SliceMaskTrainer(WholeSliceTrainer):
         return loss.detach()
 
 
-class SAMSDGCoarseTrainer(SliceMaskTrainer):
+class SAMSDGCoarseTrainer(Stamped, SliceMaskTrainer):
     """SAM-SDG step 1, the coarse network (arXiv 2401.02076, section 3.2).
 
     A model of its own, predicted by nnU-Net's commands, whose boxes prompt SAM in step 2. Batch statistics move in
@@ -166,16 +168,13 @@ class SAMSDGCoarseTrainer(SliceMaskTrainer):
     def _build_loss(self) -> Any:
         return partial(coarse_loss, double_sigmoid=self.settings.loss == "double_sigmoid")
 
-    def extra_state(self) -> dict[str, Any]:
-        """Keep what the network was trained on, so that step 2 can tell."""
-        return {STAMP: self.stamp}
-
     # ---------------------------------------------------------------- data and steps
 
     def get_dataloaders(self) -> tuple[SliceLoader, SliceLoader]:
         """Return loaders of slices as the network sees them."""
         chosen = self.settings
         dataset, train, val = self.read_fold(chosen.image_size)
+        self.claim(self.data_stamp)
         if len(train) < 2:
             raise UserError(f"{type(self).__name__}: one training slice; batch statistics need two.")
 

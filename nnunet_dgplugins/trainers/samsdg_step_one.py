@@ -13,6 +13,8 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.trainers.earlier_stage import Finished, Stage
 
 STEP_ONE = Stage("SAMSDGCoarseTrainer", "step 1", "network.")
+COARSE = "coarse"  # key in the plans beside step 2's model: step 1's settings
+BUILT_FROM = ("network", "image_size")  # what of them the network inside is rebuilt from
 _SEEN_ALIKE = ("channels", "field_of_view", "equalise")  # both networks see the same image
 
 

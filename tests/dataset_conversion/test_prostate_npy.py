@@ -59,6 +59,7 @@ def test_each_volume_is_a_case_of_its_site(root: Path) -> None:
     assert (case["site"], case["patient"]) == ("HK", "Case01")
     assert case["original"] == "data/prostate/Domain6/image/Case01_2.npy to Case01_5.npy"
     assert table["protocol"]["spacing"] == "unknown, 1 mm written"
+    assert table["protocol"]["ends_left_out"] is True
     verify(out)
 
 

@@ -8,12 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from public_trees import nci_isbi
+from test_prostate_npy import write as write_npy
 from trees import convert, image, saml, save
 
 from dataset_conversion import Dataset501_ProstateSAML as module
+from dataset_conversion import Dataset512_ProstateNPY, Dataset513_ProstatePublic
 from nnunet_dgplugins.data import staging
 from nnunet_dgplugins.errors import BadInput, UserError
 
@@ -153,25 +158,46 @@ def test_two_processes_write_the_same_bytes_as_one(root: Path, tmp_path: Path) -
 
 
 SLOW = """
-import sys, time
-from dataset_conversion import _volumes, Dataset501_ProstateSAML
+import importlib, sys, time
+from dataset_conversion import _volumes
 real = _volumes.write_case
 def slow(*arguments):
     real(*arguments)
     time.sleep(0.2)
 _volumes.write_case = slow
-Dataset501_ProstateSAML.command.main([sys.argv[1], "--source", "RUNMC", "--jobs", "1"])
+module = importlib.import_module(sys.argv[1])
+module.command.main([sys.argv[2], "--source", "RUNMC", "--jobs", "1"])
 """
 
 
+def npy(root: Path) -> Path:
+    """Arrays of single slices; a case is read from several files."""
+    for domain in (1, 2):
+        for number in range(2):
+            write_npy(root, domain, number)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("converter", "tree"),
+    [(module, saml), (Dataset512_ProstateNPY, npy), (Dataset513_ProstatePublic, nci_isbi)],
+    ids=["volumes", "npy", "dicom"],
+)
 def test_a_killed_conversion_is_invisible_to_nnunet_and_finishes_with_the_same_bytes(
-    root: Path, nnunet_folders: Path, capsys: pytest.CaptureFixture[str]
+    converter: ModuleType,
+    tree: Callable[[Path], Path],
+    tmp_path: Path,
+    nnunet_folders: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = bytes_of(convert(module, root))
-    raw = nnunet_folders / "nnUNet_raw"
-    shutil.rmtree(raw / NAME)
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    hidden = raw / f".dgplugins-{NAME}"
+    root, raw = tree(tmp_path / "in"), nnunet_folders / "nnUNet_raw"
+    first = convert(converter, root)
+    whole = bytes_of(first)
+    shutil.rmtree(first)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, converter.__name__, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    hidden = raw / f".dgplugins-{first.name}"
     deadline = time.monotonic() + 180
     while len(list(hidden.glob("labels*/[!.]*.nii.gz"))) < 3:
         assert process.poll() is None, process.communicate()
@@ -182,9 +208,9 @@ def test_a_killed_conversion_is_invisible_to_nnunet_and_finishes_with_the_same_b
     kept = next(hidden.glob("labels*/[!.]*.nii.gz"))
     before = kept.stat().st_mtime_ns
     (hidden / "imagesTr" / ".tmp-123-RUNMC_Case01_0000.nii.gz").write_bytes(b"half a file")
-    assert not (raw / NAME).exists()
+    assert not first.exists()
     capsys.readouterr()
-    out = convert(module, root)
+    out = convert(converter, root)
     assert "Continuing an earlier run" in capsys.readouterr().out
     assert bytes_of(out) == whole
     assert (out / kept.relative_to(hidden)).stat().st_mtime_ns == before

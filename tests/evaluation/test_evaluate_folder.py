@@ -216,6 +216,20 @@ def test_canvases_are_made_per_site(nnunet_folders: Path):
     assert result.table[result.table["site"] == "B"]["value"].item() == pytest.approx(0.6, abs=1e-3)
 
 
+def test_canvases_have_the_end_slices_of_a_dataset_that_was_converted_without_the_scans_ends(nnunet_folders: Path):
+    predictions = make(nnunet_folders)
+    raw = nnunet_folders / "nnUNet_raw/Dataset501_Bars"
+    for path in [*(raw / "labelsTs").glob("*.nii.gz"), *predictions.glob("*.nii.gz")]:
+        write(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[1:5], path)  # organ on every slice
+    result = evaluate(Dataset.load(501), predictions, protocol="samsdg", jobs=1)
+    assert result.table.groupby("site")["value"].count().to_dict() == {"A": 1, "C": 1}  # two slices of each case
+    content = json.loads((raw / "dataset.json").read_text())
+    content["dgplugins"]["protocol"] = {"ends_left_out": True}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    result = evaluate(Dataset.load(501), predictions, protocol="samsdg", jobs=1)
+    assert result.table.groupby("site")["value"].count().to_dict() == {"A": 2, "B": 1, "C": 3}
+
+
 def test_desam_protocol_says_how_many_cases_it_leaves_out(nnunet_folders: Path):
     predictions = make(nnunet_folders)
     labels = nnunet_folders / "nnUNet_raw/Dataset501_Bars/labelsTs"

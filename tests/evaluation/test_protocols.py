@@ -77,6 +77,11 @@ def test_samsdg_counts_organ_slices_without_the_ends_of_the_volume():
     assert counts == [(512 * 512 // 4, 512 * 512)] * 3
 
 
+def test_samsdg_counts_all_slices_of_volumes_that_come_without_their_ends():
+    truth = _square(range(0, 4), slice(0, 128), slice(0, 256))
+    assert len(slice_counts(truth, truth, ORGAN, ends_left_out=True)["organ"]) == 4
+
+
 def test_samsdg_dice_of_a_canvas_is_pooled_with_smoothing_1():
     # four slices; one is missed wholly: (2 * 30 + 1) / (80 + 1), not a mean of four Dice values
     counts = [(10, 20), (10, 20), (10, 20), (0, 20)]

@@ -307,10 +307,24 @@ def test_the_studies_that_come_along_are_whole(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
     files = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
     studies = {file.stem: read_study(file) for file in files}
-    assert list(studies) == ["dcam", "demo", "desam", "encoders", "epl", "equivariant", "samsdg"]
+    assert list(studies) == ["dcam", "demo", "desam", "encoders", "epl", "equivariant", "samsdg", "samsdg_full"]
     for study in studies.values():
         assert len(expand(study, tmp_path, "cpu")) > len(study.methods) * len(study.seeds)
     assert studies["encoders"].methods[1].settings["sam"] == "vit_tiny:/somewhere/random.safetensors"
+
+
+def test_the_full_study_of_samsdg_is_the_short_one_with_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DGPLUGINS_SAMPLE_DATA", str(tmp_path))
+    folder = Path(__file__).parents[2] / "studies"
+    short, full = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("samsdg", "samsdg_full"))
+    beds = [
+        {name: {**bed, "sources": None, "spacing": None} for name, bed in study.pop("datasets").items()}
+        for study in (short, full)
+    ]
+    assert full == short
+    assert beds[0] == beds[1]
+    datasets = read_study(folder / "samsdg_full.yaml").datasets
+    assert [len(bed.sources) for bed in datasets] == [6, 4]
 
 
 # ---------------------------------------------------------------- tags and pseudo labels

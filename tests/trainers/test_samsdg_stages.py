@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import World
-from samsdg_worlds import COARSE, SAM, before, checkpoint, step_one
+from samsdg_worlds import COARSE, LEARNS, SAM, before, checkpoint, step_one
 from tiny_dataset import Recipe
 
 from nnunet_dgplugins.errors import UserError
@@ -56,6 +56,19 @@ def test_a_step_1_of_other_images_or_other_cases_is_stale(world: World):
     world.write_splits([{"train": ["case_0", "case_1"], "val": ["case_3"]}])
     with pytest.raises(UserError, match="trained on other cases"):
         world.train(SAM)
+
+
+def test_step_1_is_not_continued_on_other_images(world: World):
+    """Else its checkpoint would carry the stamp of data that it has not seen, and step 2 would take it."""
+    world.use(Recipe(), own=True)
+    final = step_one(world) / "fold_0" / "checkpoint_final.pth"
+    kept, folder = final.read_bytes(), world.preprocessed / "nnUNetPlans_2d"
+    for kind in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copy(folder / f"case_1{kind}", folder / f"case_2{kind}")
+    world.settings(**LEARNS)
+    with pytest.raises(UserError, match=r"has changed since it began\. Remove .*fold_0 and start it anew, without --c"):
+        world.command(COARSE, continue_training=True)
+    assert final.read_bytes() == kept
 
 
 def test_both_steps_see_the_same_images_or_the_second_says_which_setting_differs(world: World):
@@ -155,3 +168,28 @@ def test_every_fold_has_a_step_1_of_its_own(world: World):
     world.train(SAM, 1)
     used = bytes(checkpoint(world, SAM, fold=1)["network_weights"]["coarse_hash"].tolist()).hex()
     assert used == coarse_hash(world, 1) != coarse_hash(world, 0)
+
+
+def test_folds_share_one_build_of_step_1(world: World):
+    """Else the plans beside the model would rebuild the first fold's network with the second's sizes."""
+    step_one(world)
+    world.train(SAM)
+    plans = (world.model(SAM) / "plans.json").read_bytes()
+    shutil.rmtree(world.model(COARSE))
+    step_one(world, 0, image_size=128)
+    step_one(world, 1, image_size=128)
+    expected = r"trained with another step 1 \(image_size: 64, now 128\)\. Move the folder, or use another plans name"
+    with pytest.raises(UserError, match=expected):
+        world.construct(SAM, fold=1)
+    with pytest.raises(UserError, match=expected):  # trained again from the start, over what is there
+        world.train(SAM)
+    world.command(SAM, only_run_validation=True)
+    assert (world.model(SAM) / "plans.json").read_bytes() == plans
+
+
+def test_validation_needs_no_step_1(world: World):
+    step_one(world)
+    world.train(SAM)
+    shutil.rmtree(world.model(COARSE))
+    world.command(SAM, only_run_validation=True)
+    assert (world.model(SAM) / "fold_0" / "validation" / "summary.json").is_file()
