@@ -41,6 +41,7 @@ def small(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     return world
 
 
+@pytest.mark.slow
 def test_the_coarse_network_learns_the_organ_of_its_source(world: World):
     world.settings(iterations_per_epoch=30, initial_lr=3e-3, batch_size=8)
     built = world.train(COARSE)

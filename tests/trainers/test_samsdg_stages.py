@@ -170,6 +170,7 @@ def test_every_fold_has_a_step_1_of_its_own(world: World):
     assert used == coarse_hash(world, 1) != coarse_hash(world, 0)
 
 
+@pytest.mark.slow
 def test_folds_share_one_build_of_step_1(world: World):
     """Else the plans beside the model would rebuild the first fold's network with the second's sizes."""
     step_one(world)
