@@ -7,7 +7,7 @@
 #   bash scripts/demo.sh epl             EPL on the same phantom: five sites train, one labelled patient each, equal
 #                                        labelled samples for both; about 11 minutes on 2 cores
 #   bash scripts/demo.sh equivariant     equivariant CAMs on made brains: slice tags only, then stock nnU-Net on the
-#                                        pseudo labels for as long
+#                                        pseudo labels for as long; about 8 minutes on 2 cores
 #   bash scripts/demo.sh dcam            D-CAM on made tissue patches of two hospitals: tags of one train both stages, and
 #                                        stock nnU-Net on the pseudo labels; the other one is predicted
 #   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
