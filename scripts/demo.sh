@@ -149,8 +149,9 @@ elif [ "$method" = samsdg ]; then
   step train_samsdg nnUNetv2_train 522 2d 0 -tr SAMSDGTrainer -device "$device"
   equal=(--minutes "$(minutes_of SAMSDGCoarseTrainer SAMSDGTrainer)")
 elif [ "$method" = dcam ]; then
-  # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights
-  settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 40}, DCAMTrainer: {network: planned, epochs: 5}}"
+  # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights. After 40
+  # epochs it knows little more than the commonest tags
+  settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 150}, DCAMTrainer: {network: planned, epochs: 10}}"
   step train_tags nnUNetv2_train 520 2d 0 -tr DCAMClassifierTrainer -device "$device"
   step train_dcam nnUNetv2_train 520 2d 0 -tr DCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/DCAMClassifierTrainer__nnUNetPlans__2d" \
