@@ -57,10 +57,10 @@ def validate_maps(trainer: Any, save_probabilities: bool) -> tuple[dict[str, flo
         with replacing(folder / (case + trainer.dataset_json["file_ending"])) as temporary:
             reader.write_seg(mask, os.fspath(temporary), properties)
         if (truth := known_mask(trainer, case)) is not None:
-            ignore = trainer.label_manager.ignore_label
             if not (truth == 1).any():
                 empty.append(case)
                 continue
+            ignore = trainer.label_manager.ignore_label
             unknown = truth == (-1 if ignore is None else ignore)
             dice = volume_dice(np.where(unknown, 0, maps), truth == 1, levels)
             scores[case] = {f"{level:g}": float(value) for level, value in zip(levels, dice, strict=True)}

@@ -43,8 +43,8 @@ class EquivariantCAMTrainer(WholeSliceTrainer):
     also learn from each other's predictions (KD). Tags come from the case table alone, label files are never read.
 
     What nnU-Net calls pseudo Dice is the accuracy of the tags of validation slices here, so ``checkpoint_best`` is that
-    of its best moving average. Masks of validation cases, where the dataset has them, are read once, after training,
-    for the Dice per volume.
+    of its best moving average. Masks of validation cases, where the dataset has them, are read after training alone,
+    for the Dice per volume and, where ``choose_threshold`` says so, the threshold.
     """
 
     settings_class = EquivariantSettings
