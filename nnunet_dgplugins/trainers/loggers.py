@@ -5,10 +5,12 @@ nnU-Net's logger hands values on to a list of loggers: its own W&B, and by :func
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,8 @@ from nnunet_dgplugins.errors import UserError, nearest
 
 VARIABLE = "DGPLUGINS_LOGGERS"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
+#: how often progress.png is drawn at most. One drawing takes about a second, as long as an epoch of a small network
+DRAW_SECONDS = 30.0
 #: what to install; each logger is named like the package that it imports
 INSTALL = {"tensorboard": "pip install tensorboard", "mlflow": "pip install mlflow-skinny"}
 
@@ -57,6 +61,7 @@ def attach(trainer: Any, hyperparameters: dict[str, Any]) -> None:
         trainer: any nnU-Net trainer, initialised; its current epoch is where the curves go on.
         hyperparameters: by name, not nested.
     """
+    trainer.logger.plot_progress_png = RarePlot(trainer.logger.plot_progress_png)
     if trainer.current_epoch == 0:
         trainer.logger.update_config({"settings": hyperparameters})
     for name in asked():
@@ -68,9 +73,34 @@ def attach(trainer: Any, hyperparameters: dict[str, Any]) -> None:
 
 def finish(trainer: Any) -> None:
     """Say that the training has come to its end; the final validation's values may still follow."""
+    if trainer.local_rank == 0:
+        trainer.logger.plot_progress_png.draw_skipped()
     for logger in trainer.logger.loggers:
         if isinstance(logger, MLflowLogger):
             logger.finish()
+
+
+class RarePlot:
+    """Draws ``progress.png`` at once, then at most every :data:`DRAW_SECONDS`.
+
+    Args:
+        draw: nnU-Net's drawing, which takes the fold's folder.
+    """
+
+    def __init__(self, draw: Callable[[str], None]):
+        self._draw, self._drawn, self._skipped = draw, -math.inf, ""
+
+    def __call__(self, folder: str) -> None:
+        """Draw, unless that was done a short while ago."""
+        self._skipped = folder
+        if time.monotonic() - self._drawn >= DRAW_SECONDS:
+            self.draw_skipped()
+
+    def draw_skipped(self) -> None:
+        """Draw the epochs that the picture lacks, if any."""
+        if self._skipped:
+            self._draw(self._skipped)
+            self._drawn, self._skipped = time.monotonic(), ""
 
 
 class EpochLogger(ABC):

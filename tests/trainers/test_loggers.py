@@ -92,6 +92,32 @@ def test_a_budget_logs_one_value_per_epoch_and_key_also_after_a_stop(
     assert recorders.hyperparameters(fold)["seed"] == seed
 
 
+# ---------------------------------------------------------------- progress.png
+
+
+def test_the_picture_is_drawn_at_most_every_half_minute_and_lacks_no_epoch_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    clock, drawn = [100.0], []
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    plot = loggers.RarePlot(lambda folder: drawn.append((folder, clock[0])))
+    plot.draw_skipped()  # nothing has been trained
+    for clock[0] in (100.0, 110.0, 129.0, 131.0, 140.0):
+        plot("fold_0")
+    plot.draw_skipped()
+    plot.draw_skipped()
+    assert drawn == [("fold_0", 100.0), ("fold_0", 131.0), ("fold_0", 140.0)]
+
+
+def test_a_training_of_short_epochs_draws_the_first_and_the_last(world: World, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png",
+        lambda logger, folder: drawn.append(len(logger.my_fantastic_logging["train_losses"])),
+    )
+    world.settings(epochs=3)
+    world.command("DeSAMTrainer")
+    assert drawn == [1, 3]
+
+
 # ---------------------------------------------------------------- once per training
 
 
