@@ -36,18 +36,19 @@ def advise(dataset: int | str) -> dict[str, Any]:
     patches = [case for case in with_tags if _of_patch(table, case)]
     hidden = len([case for case in without_masks(names, table) if not has_tags(table, case)])
     masks = table is None or any(is_labelled(table, case) for case in known)
+    trainers = [
+        _fit_tags(info.name, len(patches), len(with_tags) - len(patches))
+        if info.tags
+        else _fit(info.name, table, mixed, hidden, masks)
+        for info in TRAINERS.values()
+    ]
     return {
         "dataset": name,
         "cases": training,
         "test_cases": _test_cases(raw, content["file_ending"]),
         "facts": _facts(content, table),
-        "trainers": [
-            _fit_tags(info.name, len(patches), len(with_tags) - len(patches))
-            if info.tags
-            else _fit(info.name, table, mixed, hidden, masks)
-            for info in TRAINERS.values()
-        ],
-        "next": _next(name, number, preprocessed, hidden, masks),
+        "trainers": trainers,
+        "next": _next(name, number, preprocessed, [str(item["name"]) for item in trainers if item["fits"]], hidden),
     }
 
 
@@ -139,7 +140,8 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int, mask
     return {"name": name, "fits": True, "why": why}
 
 
-def _next(name: str, number: int, preprocessed: Path, hidden: int, masks: bool) -> list[str]:
+def _next(name: str, number: int, preprocessed: Path, fitting: list[str], hidden: int) -> list[str]:
+    """Return the commands of the next stage: plan, train the first trainer that fits, then its later stage, predict."""
     if not (preprocessed / "nnUNetPlans.json").is_file():
         return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
     results = Path(os.environ.get(RESULTS, "")) / name
@@ -147,11 +149,19 @@ def _next(name: str, number: int, preprocessed: Path, hidden: int, masks: bool) 
         trainer for trainer in TRAINERS
         if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
     ]  # fmt: skip
+    later = [trainer for trainer in fitting if TRAINERS[trainer].after in trained and trainer not in trained]
+    if not trained and hidden and "EPLTrainer" in fitting:
+        later = ["EPLTrainer"]
+    elif not trained:
+        later = fitting
+    if later:
+        return [f"nnUNetv2_train {number} 2d 0 -tr {later[0]}"]
     if not trained:
-        trainer = ("EPLTrainer" if hidden else "DeSAMTrainer") if masks else "EquivariantCAMTrainer"
-        return [f"nnUNetv2_train {number} 2d 0 -tr {trainer}"]
+        return []
+    earlier = {TRAINERS[trainer].after for trainer in trained}
+    last = next(trainer for trainer in trained if trainer not in earlier)
     folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
     return [
-        f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {trained[0]}",
+        f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {last}",
         f"dgplugins evaluate {number} predictions",
     ]

@@ -1,4 +1,4 @@
-"""SAM-SDG: search of components, training step of the decoder and inference, published order of work against ours.
+"""SAM-SDG: search of components, training step, inference and prediction, published order of work against ours.
 
     python scripts/benchmark_samsdg.py                        on the CPU (minutes)
     python scripts/benchmark_samsdg.py --vit-b                also at the size of SAM's vit_b, run once
@@ -6,7 +6,9 @@
 
 Published: components are searched pixel by pixel in a tensor; every box's mask is made and enlarged on the whole canvas
 and its own tile cut out, canvas by canvas. Ours: see ``nnunet_dgplugins/methods/samsdg``. Weights and embeddings are
-random, they do not change the work; the encoder's work is the same in both and left out.
+random, they do not change the work; the decoder's rows leave the encoder's work out, which is the same in both. Whole
+steps and predictions have it: groupings of slices embedded anew (published) or kept, and a slice alone on its canvas
+(what stock nnU-Net's prediction can do) or four together (published).
 """
 
 from __future__ import annotations
@@ -18,18 +20,25 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from benchmark_sam import random_encoder
 from measure import Row, in_turn
 
 from nnunet_dgplugins.methods.sam_parts import build_prompt_encoder
 from nnunet_dgplugins.methods.samsdg.boxes import GRID, component_boxes
 from nnunet_dgplugins.methods.samsdg.canvas import TILES, on_canvas
+from nnunet_dgplugins.methods.samsdg.coarse import CoarseNetwork
 from nnunet_dgplugins.methods.samsdg.decoder import BoxDecoder, build_mask_decoder, trainable_parameters
 from nnunet_dgplugins.methods.samsdg.losses import canvas_loss
+from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
+from nnunet_dgplugins.sam.encoder import TappedEncoder
 from nnunet_dgplugins.sam.models import MODELS
 from nnunet_dgplugins.system import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "methods"))
 from samsdg_published import search
+
+#: side of the images of the published coarse network, pixels
+COARSE_SIDE = 512
 
 
 def made_masks(side: int = GRID) -> dict[str, np.ndarray]:
@@ -104,9 +113,49 @@ def decoder_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int =
     return rows
 
 
+def whole_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5) -> list[Row]:
+    """Time a training step with the encoder and without, and both ways to predict."""
+    allocator = keep_freed_memory()
+    torch.manual_seed(0)
+    model = MODELS[model_name]
+    prompts = build_prompt_encoder(model.prompt_dim, model.grid, model.image_size)
+    decoder = BoxDecoder(prompts, build_mask_decoder(model))
+    # every slice is asked about, whatever a coarse network of random weights says
+    encoder = TappedEncoder(random_encoder(model), model.taps)
+    network = SAMSDGSegmenter(encoder, decoder, CoarseNetwork(), COARSE_SIDE, empty="full_box").eval()
+    optimizer = torch.optim.Adam(trainable_parameters(decoder.mask_decoder), 1e-4)
+    count = TILES * canvases
+    tiles = torch.rand(count, 3, decoder.tile, decoder.tile)
+    boxes = torch.rand(count, 1, 2, 2).sort(2).values.flatten(2) * decoder.tile
+    target = (torch.rand(count, 1, decoder.tile, decoder.tile) > 0.8).float()
+    kept = network.embed(tiles)
+
+    def step(embed: bool) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        embeddings = network.embed(tiles) if embed else kept
+        canvas_loss(network.decode(embeddings, boxes), target)["total"].backward()
+        optimizer.step()
+
+    slices = torch.rand(count, 1, 256, 256)
+    note = f"{count} slices; {torch.get_num_threads()} threads, median of {repeats}, {allocator}"
+    steps = in_turn({"anew": partial(step, True), "kept": partial(step, False)}, repeats)
+    with torch.no_grad():
+        ways = in_turn(
+            {"alone": lambda: network.segment(slices), "four": lambda: network.segment_four(slices)}, repeats
+        )
+    named = {
+        f"training step, {model_name}, embeddings of kept groupings": (steps["anew"], steps["kept"]),
+        f"prediction per slice, {model_name}, one slice per canvas, then four": (
+            ways["alone"] / count, ways["four"] / count,
+        ),
+    }  # fmt: skip
+    return [(what, f"{a:.3f} s", f"{b:.3f} s", f"{a / b:.1f}x", note) for what, (a, b) in named.items()]
+
+
 def rows_on_the_cpu() -> list[Row]:
     """Measure everything."""
-    return search_rows() + decoder_rows() + decoder_rows("vit_b", canvases=1, repeats=1)
+    rows = search_rows() + decoder_rows() + whole_rows()
+    return rows + decoder_rows("vit_b", canvases=1, repeats=1) + whole_rows("vit_b", canvases=1, repeats=1)
 
 
 @click.command()
@@ -115,8 +164,10 @@ def rows_on_the_cpu() -> list[Row]:
 @click.option("--repeats", default=5, show_default=True)
 def main(vit_b: bool, canvases: int, repeats: int) -> None:
     """Print the rows."""
-    rows = search_rows(repeats) + decoder_rows(canvases=canvases, repeats=repeats)
-    for row in rows + (decoder_rows("vit_b", canvases=1, repeats=1) if vit_b else []):
+    rows = search_rows(repeats)
+    for name, many, times in [("vit_tiny", canvases, repeats), *([("vit_b", 1, 1)] if vit_b else [])]:
+        rows += decoder_rows(name, many, times) + whole_rows(name, many, times)
+    for row in rows:
         click.echo(" | ".join(row))
 
 

@@ -101,16 +101,44 @@ def test_without_a_case_table_annotate_is_named(nnunet_folders: Path):
     assert any("dgplugins annotate" in fact for fact in _advice()["facts"])
 
 
-def test_the_next_command_follows_what_is_there(nnunet_folders: Path):
-    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": True}}, source="A")
+MASKS = {"site": "A", "labelled": True}
+TAGS_OF_SLICES = {"site": "A", "labelled": False, "tags": [1]}
+TAGS_OF_A_PATCH = {"site": "A", "labelled": False, "tags": [[1]]}
+
+
+@pytest.mark.parametrize(
+    ("case", "trained", "following"),
+    [
+        (MASKS, [], "nnUNetv2_train 520 2d 0 -tr DeSAMTrainer"),
+        (MASKS, ["DeSAMTrainer"], "-f 0 -tr DeSAMTrainer"),
+        (MASKS, ["SAMSDGCoarseTrainer"], "nnUNetv2_train 520 2d 0 -tr SAMSDGTrainer"),
+        (MASKS, ["SAMSDGCoarseTrainer", "SAMSDGTrainer"], "-f 0 -tr SAMSDGTrainer"),
+        (TAGS_OF_SLICES, [], "nnUNetv2_train 520 2d 0 -tr EquivariantCAMTrainer"),
+        (TAGS_OF_A_PATCH, [], "nnUNetv2_train 520 2d 0 -tr DCAMClassifierTrainer"),
+        (TAGS_OF_A_PATCH, ["DCAMClassifierTrainer"], "nnUNetv2_train 520 2d 0 -tr DCAMTrainer"),
+        (TAGS_OF_A_PATCH, ["DCAMClassifierTrainer", "DCAMTrainer"], "-f 0 -tr DCAMTrainer"),
+    ],
+)
+def test_the_next_command_follows_what_is_there(nnunet_folders: Path, case: dict, trained: list[str], following: str):
+    _dataset(nnunet_folders, {"a": case}, source="A")
     preprocessed = nnunet_folders / "nnUNet_preprocessed" / "Dataset520_Test"
     preprocessed.mkdir()
     (preprocessed / "nnUNetPlans.json").write_text("{}")
-    assert _advice()["next"] == ["nnUNetv2_train 520 2d 0 -tr DeSAMTrainer"]
-    fold = nnunet_folders / "nnUNet_results" / "Dataset520_Test" / "DeSAMTrainer__nnUNetPlans__2d" / "fold_0"
-    fold.mkdir(parents=True)
-    (fold / "checkpoint_final.pth").touch()
-    assert _advice()["next"][1] == "dgplugins evaluate 520 predictions"
+    for trainer in trained:
+        fold = nnunet_folders / "nnUNet_results" / "Dataset520_Test" / f"{trainer}__nnUNetPlans__2d" / "fold_0"
+        fold.mkdir(parents=True)
+        (fold / "checkpoint_final.pth").touch()
+    first, *rest = _advice()["next"]
+    assert first.endswith(following)
+    assert rest == (["dgplugins evaluate 520 predictions"] if "predict" in first else [])
+
+
+def test_nothing_comes_next_where_no_trainer_fits(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": False}}, source="A")
+    preprocessed = nnunet_folders / "nnUNet_preprocessed" / "Dataset520_Test"
+    preprocessed.mkdir()
+    (preprocessed / "nnUNetPlans.json").write_text("{}")
+    assert _advice()["next"] == []
 
 
 def test_a_broken_case_table_is_reported_with_every_problem(nnunet_folders: Path):
