@@ -30,6 +30,7 @@ class Data:
         convert: name after ``dgplugins convert``.
         download: folder that is converted; None when ``prepare`` makes it.
         prepare: command, or several in their order, that makes the download in the folder ``{download}``.
+        made: whether ``prepare`` makes images up, which every table then says; false: it cuts or moves real ones.
         first_id: nnU-Net id of the first source and ratio; the others follow.
         sources: sites to train on, each a dataset of its own; none for data with tags, whose converter splits them.
         ratios: labelled shares, each a dataset of its own; empty for all labels.
@@ -45,6 +46,7 @@ class Data:
     sources: tuple[str, ...] = ()
     download: str | None = None
     prepare: str | tuple[str, ...] | None = None
+    made: bool = True
     ratios: tuple[float, ...] = ()
     options: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()

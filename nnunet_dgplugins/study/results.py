@@ -129,7 +129,7 @@ def _title(data: Data, ratio: Any) -> str:
         parts.append(f"{ratio:g} of the labels")
     if load_converter(data.convert).FACTS.simulated:
         parts.append("SIMULATED sites")
-    elif data.prepare:
+    elif data.prepare and data.made:
         parts.append("made images")
     return ", ".join(parts)
 

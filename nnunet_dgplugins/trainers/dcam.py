@@ -288,14 +288,16 @@ class DCAMTrainer(TaggedPatchTrainer):
     def get_dataloaders(self) -> Any:
         """Return loaders of patches with their three masks, which are made first where they are missing."""
         train, val = (Patches(self, cases) for cases in self.do_split())
-        shown = [index for index, case in enumerate(train.cases) if self.tags_of(case).any()]
+        own = background_is_class(self.dataset_json)  # then a patch without classes is all background
+        shown = [index for index, case in enumerate(train.cases) if own or self.tags_of(case).any()]
         if len(shown) < len(train.cases):
             self.print_to_log_file(
                 f"{len(train.cases) - len(shown)} training patches show none of the classes and are left out."
             )
         if len(shown) < 2:  # DeepLabV3+ normalises over a batch
             raise UserError(
-                f"{type(self).__name__} needs two training patches or more that show a class, found {len(shown)}."
+                f"{type(self).__name__} needs two training patches or more{'' if own else ' that show a class'}, "
+                f"found {len(shown)}."
             )
         # now, because -pretrained_weights may have brought another classifier along
         self.network.classifier.load_state_dict(self.stage_one.weights)

@@ -38,7 +38,8 @@ class PatchDrawer(Drawer):
 
     Classes are those of the patch's tags. White background and pixels of which nothing is known are ignored; where
     background is a class of the dataset, what no map reaches is background, 0. Patches that show none of the classes
-    are left out, as in stage 2. Under the protocol ``release`` the target's tagged patches train.
+    are left out, as in stage 2, unless background is a class: then they are all background. Under the protocol
+    ``release`` the target's tagged patches train.
     """
 
     takes = frozenset({"threshold", "white"})

@@ -17,6 +17,7 @@ from nnunet_dgplugins.methods.dcam.losses import (
     tag_agreement,
     tag_loss,
 )
+from nnunet_dgplugins.methods.dcam.masks import present_classes
 
 PUBLISHED = {"dummy_logit": True, "count_white": True, "divide_by_batch": True}
 
@@ -152,6 +153,13 @@ def test_closed_classes_never_win_and_a_gate_without_an_open_class_is_ignored():
         assert float(found[0, 0, 0, 0]) == closed
         assert torch.equal(found[:, 1:], logits[:, 1:])
     assert gate.close(logits, opened, gate.DEPLOYED_CLOSED).half().isfinite().all()
+
+
+def test_where_background_is_a_class_nothing_at_all_may_be_open_or_take_part():
+    probabilities = torch.tensor([[0.05], [0.2], [0.9]])
+    assert gate.open_classes(probabilities, background=True)[:, 0].tolist() == [False, True, True]
+    assert present_classes(probabilities, background=True)[:, 0].tolist() == [False, False, True]
+    assert present_classes(probabilities)[:, 0].tolist() == [True, True, True]
 
 
 def test_the_published_gate_lets_a_closed_class_win_over_negative_logits():

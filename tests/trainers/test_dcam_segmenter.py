@@ -208,6 +208,17 @@ def test_background_is_an_output_of_its_own_where_it_is_a_class(patches: World):
     assert len(trainer.logger.get_value("dice_per_class_or_region", 0)) == 4
 
 
+def test_a_patch_of_background_alone_trains_and_is_predicted_so_where_background_is_a_class(patches: World):
+    recipe = replace(PATCHES, name="Empty", background=True, empty=0)
+    trainers = [patches.use(recipe).train(FIRST), patches.train(SECOND)]
+    assert drawn(patches.construct(SECOND)) == {*recipe.training}  # without such a class it is left out
+    for trainer in trainers:
+        network = trainer.network.eval()
+        network.classifier.fc8.weight.data.fill_(-100)  # no tissue is there; features are not negative
+        with torch.no_grad():
+            assert not network(torch.rand(1, 3, 64, 64) + 0.01).argmax(1).any()
+
+
 def test_validation_compares_real_masks_without_the_gate(ready: World):
     trainer = ready.construct(SECOND)
     trainer.on_train_start()

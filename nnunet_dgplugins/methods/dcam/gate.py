@@ -12,15 +12,16 @@ GATE_THRESHOLD = 0.1
 DEPLOYED_CLOSED = -50.0
 
 
-def open_classes(probabilities: Tensor, threshold: float = GATE_THRESHOLD) -> Tensor:
+def open_classes(probabilities: Tensor, threshold: float = GATE_THRESHOLD, background: bool = False) -> Tensor:
     """Return which classes are open (N, C): those above the threshold, or all of them where none is.
 
     Args:
         probabilities: of the tag classifier (N, C).
         threshold: published: 0.1.
+        background: whether background is a class of its own; then all may be closed.
     """
     opened = probabilities > threshold
-    return opened | ~opened.any(1, keepdim=True)
+    return opened if background else opened | ~opened.any(1, keepdim=True)
 
 
 def close(logits: Tensor, opened: Tensor, closed: float = -math.inf) -> Tensor:

@@ -131,8 +131,16 @@ def cam_mask(
     return tagged_mask(enlarge(maps, size) * present[:, :, None, None], present, published_ties)
 
 
-def present_classes(probabilities: Tensor, threshold: float = EVALUATION_THRESHOLD) -> Tensor:
-    """Return which classes take part (N, C): those above the threshold, the most probable one where there is none."""
+def present_classes(probabilities: Tensor, threshold: float = EVALUATION_THRESHOLD, background: bool = False) -> Tensor:
+    """Return which classes take part (N, C): those above the threshold, the most probable one where there is none.
+
+    Args:
+        probabilities: of the tag classifier (N, C).
+        threshold: of the evaluation of stage 1.
+        background: whether background is a class of its own; then none may take part.
+    """
     present = probabilities > threshold
+    if background:
+        return present
     likeliest = torch.zeros_like(present).scatter(1, probabilities.argmax(1, keepdim=True), True)
     return torch.where(present.any(1, keepdim=True), present, likeliest)

@@ -40,7 +40,8 @@ class CAMClassifier(nn.Module):
 
     Args:
         classifier: the tag classifier.
-        threshold: classes of a higher probability take part; the most probable one where there is none.
+        threshold: classes of a higher probability take part; where there is none, the most probable one if background
+            is no class, else none.
         background: pixels whose maps, scaled jointly, all stay below it are background; None: background is no class.
     """
 
@@ -59,7 +60,8 @@ class CAMClassifier(nn.Module):
             with torch.autocast(x.device.type, enabled=False):  # the same classes as pseudo masks see
                 found = cams(self.classifier, shown)
             size = (shown.shape[-2], shown.shape[-1])
-            present = present_classes(found.logits.sigmoid(), self.threshold)[:, :, None, None]
+            own = self.background is not None
+            present = present_classes(found.logits.sigmoid(), self.threshold, own)[:, :, None, None]
             scaled = scale_jointly(enlarge(found.layers["bn7"], size) * present)
             scores = torch.where(present, SLOPE * scaled, DEPLOYED_CLOSED)
             level = DEPLOYED_CLOSED if self.background is None else SLOPE * self.background
@@ -111,19 +113,20 @@ class GatedSegmenter(nn.Module):
             shown = crop(x[index : index + 1], box).float()
             scores = precise(self.segmenter(shown) if whole is None else crop(whole[index : index + 1], box))
             # closed for good where background is no class; a tissue wins however low all tissues' logits are
-            background = scores[:, count:] if scores.shape[1] > count else -math.inf
+            own = scores.shape[1] > count
+            background = scores[:, count:] if own else -math.inf
             scores = scores[:, :count]
             if self.gate != "none":
                 with torch.autocast(x.device.type, enabled=False):
                     probabilities = self.classifier(shown).sigmoid()
-                scores = self._gated(scores, probabilities)
+                scores = self._gated(scores, probabilities, own)
             out[index, :, box[0] : box[1], box[2] : box[3]] = moderate(with_background(scores, background))[0]
         return out
 
-    def _gated(self, scores: Tensor, probabilities: Tensor) -> Tensor:
+    def _gated(self, scores: Tensor, probabilities: Tensor, background: bool) -> Tensor:
         if self.gate == "published":
             return published_gate(scores, probabilities, self.threshold)
-        return close(scores, open_classes(probabilities, self.threshold))
+        return close(scores, open_classes(probabilities, self.threshold, background))
 
 
 def moderate(logits: Tensor) -> Tensor:
