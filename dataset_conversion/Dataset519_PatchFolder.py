@@ -7,6 +7,7 @@ names. Columns and mask values: docs/data.md.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,18 +114,19 @@ def collect(request: FolderRequest) -> PatchSet:
         raise UserError(f"--val {request.val:g} and --test {request.test:g} leave no patch to train on.")
     if not request.root.is_dir():
         raise UserError(f"{request.root}: no such folder.")
-    rows, classes = read_tags(request.tags)
+    table = read_tags(request.tags)
+    rows, classes = table.rows, table.classes
     values: dict[str, list[int]] | None = None
     colours: dict[int, Colour] = {}
     if request.classes_file is not None:
         classes, values, colours = read_code(request.classes_file)
-    check_classes(request.tags, rows, classes)
+    check_classes(request.tags, table, classes)
     sites = {row.site for row in rows if row.site}
     for site in request.sources:
         if site not in sites:
             raise UserError(f"--source {site}: no patch of that site{near(site, sites)}")
     source = request.sources[0] if len(request.sources) == 1 else list(request.sources) or None
-    options = {
+    options: dict[str, Any] = {
         "converter": FACTS.command,
         "supervision": request.supervision,
         "classes": classes,
@@ -136,12 +138,16 @@ def collect(request: FolderRequest) -> PatchSet:
         "test": request.test,
         "seed": request.seed,
     }
+    if values is not None:  # another file of classes makes another dataset
+        options["mask_values"] = values
+        options["mask_colours"] = {str(value): bytes(colour).hex() for value, colour in colours.items()}
     found = PatchSet(
         FACTS.command, request.title, tuple(classes), options, source=source, background=BACKGROUND in (values or {})
     )
     code = make_code(classes, values, colours)
+    names = Counter(Path(row.file).name for row in rows)
     for row in rows:
-        _add(found, request, row, code)
+        _add(found, request, row, code, alone=names[Path(row.file).name] == 1)
     listed = {request.root / row.file for row in rows}
     others = [path for path in sorted(request.root.glob("*")) if path.suffix.casefold() in PICTURES]
     unlisted = [path.name for path in others if path not in listed]
@@ -159,11 +165,15 @@ def collect(request: FolderRequest) -> PatchSet:
     return found
 
 
-def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code) -> None:
-    """Add the patch of a row; of a site that is no source it is a test case, or left out."""
+def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code, alone: bool) -> None:
+    """Add the patch of a row; of a site that is no source it is a test case, or left out.
+
+    ``alone``: no other row has a file of this name.
+    """
     path = request.root / row.file
     name = case_name(row.site, Path(row.file).stem)
     wrong = [] if path.is_file() else [f"{path}: no such file"]
+    wrong += [f"{row.file}: not relative to {request.root}"] if Path(row.file).is_absolute() else []
     wrong += ["no site, and --source chooses by site"] if request.sources and row.site is None else []
     if wrong:
         fix = f"Correct the line, or leave the patch out with --exclude {name}."
@@ -175,15 +185,16 @@ def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code) -> None:
             return  # a target's training patches are none of our business
         part = TRAIN if row.part == TRAIN else TEST
     tags = tuple(int(label in row.tags) for label in found.classes)
-    mask = _mask(request, row)
+    mask = _mask(request, row, alone)
     found.patches.append(Patch(name, path, mask, part, row.site, row.patient, row.file, tags, code))
 
 
-def _mask(request: FolderRequest, row: Row) -> Path | None:
+def _mask(request: FolderRequest, row: Row, alone: bool) -> Path | None:
+    """Return the mask beside which the picture would lie, or without folders where that name is the only one."""
     if request.masks is None:
         return None
     relative = Path(row.file).with_suffix(".png")
-    places = [request.masks / relative, request.masks / relative.name]
+    places = [request.masks / relative, *([request.masks / relative.name] if alone else [])]
     return next((path for path in places if path.is_file()), None)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_conversion._patches import TEST, TRAIN, VAL, Code, Colour
-from nnunet_dgplugins.errors import BadInput, Problem, UserError, nearest
+from nnunet_dgplugins.data.csv_table import read_csv
+from nnunet_dgplugins.errors import BadInput, Problem, nearest
 
 FILE, TAGS, PATIENT, SITE, PART = "file", "tags", "patient", "site", "part"
-BACKGROUND, IGNORE = "background", "ignore"
+BACKGROUND, IGNORE = NO_CLASSES = "background", "ignore"
 _COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
 
 
@@ -38,20 +37,35 @@ class Row:
     where: str
 
 
-def read_tags(path: Path) -> tuple[list[Row], list[str]]:
+@dataclass(frozen=True)
+class Tags:
+    """What a table of tags says.
+
+    Args:
+        rows: one per patch.
+        classes: in the order of their columns, or sorted where a column ``tags`` lists them.
+        by_column: each class has a column, so that what has none is known of no patch.
+    """
+
+    rows: list[Row]
+    classes: list[str]
+    by_column: bool
+
+
+def read_tags(path: Path) -> Tags:
     """Read ``file`` and tags: a column per class with 0 or 1, or one column ``tags`` with names between semicolons.
 
     Columns ``patient``, ``site`` and ``part`` (train, val, test) may be there as well. Comma, semicolon or tab.
 
-    Returns:
-        The rows, and the names of the classes: in the order of their columns, or sorted where ``tags`` lists them.
-
     Raises:
-        BadInput: missing columns, other values, unknown parts, files listed twice.
+        BadInput: missing columns, other values, more cells than columns, unknown parts, files listed twice, a class
+            called background or ignore.
         UserError: no such file, or no UTF-8 text.
     """
-    columns, lines = _read(path)
-    problems = [Problem(str(path), f"no column {FILE}; there are {', '.join(columns)}")] if FILE not in columns else []
+    table = read_csv(path, _plain)
+    columns, problems = table.columns, list(table.problems)
+    if FILE not in columns:
+        problems.append(Problem(str(path), f"no column {FILE}; there are {', '.join(columns)}"))
     known = (FILE, TAGS, PATIENT, SITE, PART)
     classes = [name for name in columns if name.casefold() not in known and name]
     if TAGS in columns and classes:
@@ -61,7 +75,7 @@ def read_tags(path: Path) -> tuple[list[Row], list[str]]:
         problems.append(Problem(str(path), "no tags", f"one column per class, or a column {TAGS}"))
     rows: list[Row] = []
     first: dict[str, str] = {}
-    for number, line in lines if not problems else ():
+    for number, line in table.lines if not problems else ():
         where = f"{path}, line {number}"
         name, part = line.get(FILE, ""), line.get(PART, "").casefold() or None
         if not name:
@@ -80,11 +94,16 @@ def read_tags(path: Path) -> tuple[list[Row], list[str]]:
                 problems.append(Problem(where, "; ".join(odd), "0 or 1"))
             tags = {name for name in classes if line[name] in ("1", "1.0")}
         rows.append(Row(name, frozenset(tags), line.get(PATIENT) or None, line.get(SITE) or None, part, where))
+    classes = classes or sorted({tag for row in rows for tag in row.tags})
+    for name in classes:
+        if name.casefold() in NO_CLASSES:
+            fix = "Tags name classes only. What masks call background or ignore, --classes-file says."
+            problems.append(Problem(str(path), f"a class called {name}", fix=fix))
     if not rows and not problems:
         problems.append(Problem(str(path), "no patches in it"))
     if problems:
         raise BadInput(f"The tags {path}", problems)
-    return rows, classes or sorted({tag for row in rows for tag in row.tags})
+    return Tags(rows, classes, TAGS not in columns)
 
 
 def read_code(path: Path) -> tuple[list[str], dict[str, list[int]], dict[int, Colour]]:
@@ -99,15 +118,17 @@ def read_code(path: Path) -> tuple[list[str], dict[str, list[int]], dict[int, Co
         BadInput: missing columns, values that are no whole numbers or there twice, odd colours.
         UserError: no such file, or no UTF-8 text.
     """
-    columns, lines = _read(path)
-    if not {"class", "value"} <= set(columns):
-        raise BadInput(f"The classes {path}", [Problem(str(path), f"columns {', '.join(columns)}", "class and value")])
+    table = read_csv(path, _plain)
+    if not {"class", "value"} <= set(table.columns):
+        found = f"columns {', '.join(table.columns)}"
+        raise BadInput(f"The classes {path}", [Problem(str(path), found, "class and value")])
     values: dict[str, list[int]] = {}
     colours: dict[int, Colour] = {}
-    problems, seen = [], set()
-    for number, line in lines:
+    problems, seen = list(table.problems), set()
+    for number, line in table.lines:
         where = f"{path}, line {number}"
         name, value, colour = line["class"], line["value"], line.get("colour") or line.get("color") or ""
+        name = name.casefold() if name.casefold() in NO_CLASSES else name
         match = _COLOUR.fullmatch(colour)
         if not name or not value.isdecimal() or int(value) in seen:
             problems.append(Problem(where, f"class '{name}', value '{value}'", "a name and a whole number of its own"))
@@ -122,7 +143,7 @@ def read_code(path: Path) -> tuple[list[str], dict[str, list[int]], dict[int, Co
     if colours and len(colours) < len(seen):
         found = f"colours for {len(colours)} of {len(seen)} values"
         problems.append(Problem(str(path), found, "one for each, or none"))
-    classes = [name for name in values if name not in (BACKGROUND, IGNORE)]
+    classes = [name for name in values if name not in NO_CLASSES]
     if not classes:
         problems.append(Problem(str(path), "no class"))
     if problems:
@@ -141,47 +162,21 @@ def make_code(
     return Code({value: labels[name] for name, own in values.items() for value in own}, dict(colours))
 
 
-def check_classes(path: Path, rows: Sequence[Row], classes: Sequence[str]) -> None:
-    """Refuse tags that are no class.
+def check_classes(path: Path, table: Tags, classes: Sequence[str]) -> None:
+    """Refuse tags that are no class, and classes that have no column beside those that have.
 
     Raises:
         BadInput: says where.
     """
     problems = [
         Problem(row.where, f"unknown class '{tag}'{nearest(tag, classes)}")
-        for row in rows
+        for row in table.rows
         for tag in sorted(row.tags - set(classes))
     ]
+    for name in [name for name in classes if name not in table.classes] if table.by_column else ():
+        problems.append(Problem(str(path), f"no column {name}{nearest(name, table.classes)}", "one per class"))
     if problems:
         raise BadInput(f"The tags {path}", problems)
-
-
-def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the column names and the lines that are not empty with their numbers, blanks taken off."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
-    return _columns(text), list(_lines(text))
-
-
-def _reader(text: str) -> csv.DictReader[str]:
-    header = text.splitlines()[0] if text.strip() else ""
-    return csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
-
-
-def _columns(text: str) -> list[str]:
-    return [_plain(name) for name in _reader(text).fieldnames or []]
-
-
-def _lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = _reader(text)
-    for line in reader:
-        cells = {_plain(name): (value or "").strip() for name, value in line.items() if isinstance(name, str)}
-        if any(cells.values()):
-            yield reader.line_num, cells
 
 
 def _plain(name: str) -> str:

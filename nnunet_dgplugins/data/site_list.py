@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_dgplugins.errors import Problem, UserError, nearest
+from nnunet_dgplugins.data.csv_table import read_csv
+from nnunet_dgplugins.errors import Problem, nearest
 from nnunet_dgplugins.files import read_json
 
 SITE_COLUMNS = ("site", "center", "centre")
@@ -84,31 +83,19 @@ def _from_json(content: Any, path: Path, problems: list[Problem]) -> Iterable[Ro
 
 
 def _from_csv(path: Path, case_columns: Sequence[str], problems: list[Problem]) -> Iterable[Row]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Save it as CSV in UTF-8.") from error
-    header = text.splitlines()[0] if text.strip() else ""
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    columns = {(name or "").strip().casefold(): name for name in reader.fieldnames or []}
-    case = next((columns[name] for name in case_columns if name in columns), None)
-    site = next((columns[name] for name in SITE_COLUMNS if name in columns), None)
+    table = read_csv(path)
+    problems += table.problems
+    case = next((name for name in case_columns if name in table.columns), None)
+    site = next((name for name in SITE_COLUMNS if name in table.columns), None)
     for found, names in ((case, case_columns), (site, SITE_COLUMNS)):
         if found is None:
             wanted = f"a column called {' or '.join(names)}"
-            problems.append(Problem(str(path), f"columns {', '.join(filter(None, columns)) or 'none'}", wanted))
+            problems.append(Problem(str(path), f"columns {', '.join(filter(None, table.columns)) or 'none'}", wanted))
     if case is None or site is None:
         return
-    for line in reader:
-        if not any((value or "").strip() for value in line.values() if not isinstance(value, list)):
-            continue  # an empty line
-        where = f"{path}, line {reader.line_num}"
-        name = (line[case] or "").strip()
-        if not name:
+    for number, line in table.lines:
+        where = f"{path}, line {number}"
+        if not line[case]:
             problems.append(Problem(where, "no case"))
             continue
-        patient = (line.get(columns.get("patient", "")) or "").strip()
-        yield Row(name, (line[site] or "").strip(), patient or None, where)
+        yield Row(line[case], line[site], line.get("patient") or None, where)

@@ -58,8 +58,9 @@ class DCAMClassifierTrainer(TaggedPatchTrainer):
     """D-CAM stage 1 (Han et al., Medical Image Analysis 2022; D-CAM, MICCAI 2025): which tissues a patch shows.
 
     Learns from the tags in the case table alone. ``nnUNetv2_predict`` gives the segmentation of its class maps; stage 2
-    and ``dgplugins pseudo-labels`` take its maps at three depths. What nnU-Net calls pseudo Dice is the Jaccard index
-    of predicted and tagged classes of validation patches, so ``checkpoint_best`` is that of its best moving average.
+    and ``dgplugins pseudo-labels`` take its maps at three depths. On validation patches nnU-Net's ``Pseudo dice [...]``
+    is the share of right tags of each class, and the moving average that decides about ``checkpoint_best`` is of the
+    Jaccard index of predicted and tagged classes.
 
     PCNorm is ``instance`` by default, a reconstruction: as released (``official``) it has no effect. Without start
     weights nothing is frozen, normalisations train, and momentum is 0.9 (released: 5e-4, by accident).

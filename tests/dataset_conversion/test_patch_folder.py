@@ -197,6 +197,50 @@ def test_everything_wrong_with_the_table_is_said_at_once(root: Path) -> None:
     assert "y.png: no such file" in text
 
 
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("file;tags\npictures/patch 0.png;gland;muscle\n", 'header has 2. Put a cell that contains ";"'),
+        ("file,tags,patient\npictures/patch 0.png,gland,fat,p1\n", "line 2: 4 cells, and the header has 3"),
+        ("file,gland,gland\npictures/patch 0.png,1,0\n", "2 columns gland"),
+        ("file,background,gland\npictures/patch 0.png,1,0\n", "a class called background"),
+        ("file,tags\npictures/patch 0.png,Ignore;gland\n", "a class called Ignore"),
+    ],
+)  # fmt: skip
+def test_a_table_that_can_be_read_in_two_ways_is_refused(root: Path, table: str, expected: str) -> None:
+    (root / "tags.csv").write_text(table)
+    assert expected in refused(root)
+
+
+def test_a_class_of_the_table_of_classes_needs_its_column(root: Path) -> None:
+    (root / "classes.csv").write_text("class,value\ngland,1\nmuscle,2\nfat,3\nfatt,4\n")
+    assert "no column fatt; did you mean" in refused(root, classes_file=root / "classes.csv")
+
+
+@pytest.mark.parametrize(("old", "new"), [("gland,1\nmuscle,2", "gland,2\nmuscle,1"), ("ignore,0", "Background,0")])
+def test_another_table_of_classes_is_another_dataset(root: Path, old: str, new: str) -> None:
+    table = root / "classes.csv"
+    table.write_text("class,value\ngland,1\nmuscle,2\nfat,3\nignore,0\n")
+    options = {"masks": root / "masks", "classes_file": table, "val": 0.2}
+    convert(root, **options)
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(UserError, match="--overwrite"):
+        convert(root, **options)
+    convert(root, **options, overwrite=True)
+
+
+def test_one_mask_is_never_taken_for_two_pictures_of_one_name(root: Path) -> None:
+    for site in ("north", "south"):
+        picture(root / site / "same.png", 0)
+    mask(root / "masks" / "same.png", bands([0, 1, 2]), [])
+    lines = ["file,gland,site,part", "pictures/patch 1.png,1,North,train", "north/same.png,1,North,val"]
+    request = module.FolderRequest(root, 519, tags=root / "tags.csv", masks=root / "masks")
+    for more, known in (([], [True]), (["south/same.png,1,South,test"], [False, False])):
+        (root / "tags.csv").write_text("\n".join([*lines, *more]) + "\n")
+        patches = module.collect(request).patches
+        assert [patch.mask is not None for patch in patches if "same" in patch.name] == known
+
+
 def test_the_name_of_the_dataset_is_known_without_opening_a_file() -> None:
     words = ["nowhere", "--id", "620", "--name", "Colon", "--source", "North", "--supervision", "masks"]
     assert planned_name(module, words) == "Dataset620_Colon_North_masks"
