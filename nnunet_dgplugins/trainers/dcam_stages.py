@@ -70,6 +70,12 @@ def background_level(chosen: DCAMClassifierSettings, dataset_json: Mapping[str, 
     return chosen.background_threshold if background_is_class(dataset_json) else None
 
 
+def mask_rules(trainer: DCAMTrainer) -> tuple[bool, float | None]:
+    """Return whether white is background in the masks of the trainer's stage 1, and the level of background or None."""
+    chosen = trainer.stage_one.settings
+    return draws_white(chosen, trainer.dataset_json), background_level(chosen, trainer.dataset_json)
+
+
 class PseudoMasks:
     """Three masks of each patch on its preprocessed grid, one compressed file per case, beside the preprocessed data.
 
@@ -98,15 +104,18 @@ class PseudoMasks:
         identifier = trainer.configuration_manager.data_identifier
         every = [name for name, case in table.cases.items() if case.tags is not None]
         key = content_hash([
-            found.digest, draws_white(found.settings, trainer.dataset_json),
-            background_level(found.settings, trainer.dataset_json), stage_stamp(table, every, trainer.dataset_json),
+            found.digest, *mask_rules(trainer), stage_stamp(table, every, trainer.dataset_json),
         ])  # fmt: skip
         return cls(Path(trainer.preprocessed_dataset_folder_base) / FOLDER / f"{identifier}_{key[:12]}")
 
     def make(self, trainer: DCAMTrainer, cases: Sequence[str]) -> None:
         """Make those of some cases that are missing; killed and run again, it goes on and ends with the same masks."""
         patches = Patches(trainer, sorted({case for case in cases if trainer.table.cases[case].tags is not None}))
-        count = len(patches.cases)
+        count, (white, level) = len(patches.cases), mask_rules(trainer)
+        trainer.print_to_log_file(
+            f"Pseudo masks by stage 1's rules: white_background={white}, background_threshold={level}. Other ones are "
+            f"set for stage 1 and taken over by: {trainer.stage_one.command} --val"
+        )
         missing = {index for index, case in enumerate(patches.cases) if not self.path(case).is_file()}
         if not missing:
             trainer.print_to_log_file(f"Pseudo masks: {count} patches, all in {self.folder}.")
@@ -126,9 +135,7 @@ class PseudoMasks:
     def _make(self, trainer: DCAMTrainer, patches: Patches, batches: list[list[int]]) -> None:
         import tqdm
 
-        chosen, network = trainer.stage_one.settings, trainer.network.classifier.eval()
-        white = draws_white(chosen, trainer.dataset_json)
-        level = background_level(chosen, trainer.dataset_json)
+        network, (white, level) = trainer.network.classifier.eval(), mask_rules(trainer)
         begun = said = time.monotonic()
         for done, batch in enumerate(tqdm.tqdm(batches, disable=None, desc="pseudo masks"), 1):
             names = [patches.cases[index] for index in batch]

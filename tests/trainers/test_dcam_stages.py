@@ -155,7 +155,8 @@ def test_white_and_background_are_the_value_behind_the_classes(patches: World, w
     patches.train(FIRST)
     masks = started(patches)
     with_tissue, without = masks.read("case_0"), masks.folder / "case_1.npz"
-    assert not without.exists()  # shows nothing
+    assert without.exists() == background  # shows nothing: all background, or left out
+    assert not background or (masks.read("case_1") == 3).all()
     assert (with_tissue[:, :12, :12] == 3).all() == white
     assert IGNORE not in with_tissue
 
