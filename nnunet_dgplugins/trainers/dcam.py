@@ -190,8 +190,9 @@ class DCAMTrainer(TaggedPatchTrainer):
 
     Finds stage 1's result of the same fold and plans, checks that it is complete and made from the same tags, and makes
     the pseudo masks first where they are missing. The trained model carries the classifier, whose gate closes tissues
-    it thinks absent, so stock prediction applies it. What nnU-Net calls pseudo Dice is the mean IoU on validation
-    patches without the gate, as published, against their real masks where the dataset has them.
+    it thinks absent, so stock prediction applies it. What nnU-Net calls pseudo Dice is the IoU of each class, and
+    its moving average that of their mean, on validation patches without the gate, as published, against their real
+    masks where the dataset has them.
 
     Protocol ``release`` of the dataset: trains on the target's tagged patches, as the released code does; ``strict``:
     on the source's.
