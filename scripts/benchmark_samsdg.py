@@ -31,7 +31,7 @@ from nnunet_dgplugins.methods.samsdg.decoder import BoxDecoder, build_mask_decod
 from nnunet_dgplugins.methods.samsdg.losses import canvas_loss
 from nnunet_dgplugins.methods.samsdg.segmenter import SAMSDGSegmenter
 from nnunet_dgplugins.sam.encoder import TappedEncoder
-from nnunet_dgplugins.sam.models import MODELS
+from nnunet_dgplugins.sam.models import MODELS, SamModel
 from nnunet_dgplugins.system import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "methods"))
@@ -67,14 +67,19 @@ def search_rows(repeats: int = 5, side: int = GRID) -> list[Row]:
     return rows
 
 
-def decoder_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5) -> list[Row]:
-    """Time the decoder's training step and its inference."""
-    allocator = keep_freed_memory()
+def random_decoder(model_name: str) -> tuple[SamModel, BoxDecoder, torch.optim.Optimizer]:
+    """Return SAM's sizes, a decoder of random weights and what trains it."""
     torch.manual_seed(0)
     model = MODELS[model_name]
     prompts = build_prompt_encoder(model.prompt_dim, model.grid, model.image_size)
     decoder = BoxDecoder(prompts, build_mask_decoder(model))
-    optimizer = torch.optim.Adam(trainable_parameters(decoder.mask_decoder), 1e-4)
+    return model, decoder, torch.optim.Adam(trainable_parameters(decoder.mask_decoder), 1e-4)
+
+
+def decoder_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5) -> list[Row]:
+    """Time the decoder's training step and its inference."""
+    allocator = keep_freed_memory()
+    model, decoder, optimizer = random_decoder(model_name)
     embeddings = torch.randn(canvases, model.prompt_dim, model.grid, model.grid)
     corners = torch.rand(TILES * canvases, 1, 2, 2).sort(2).values * decoder.tile
     boxes = on_canvas(corners.flatten(2), decoder.tile)
@@ -116,14 +121,10 @@ def decoder_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int =
 def whole_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5) -> list[Row]:
     """Time a training step with the encoder and without, and both ways to predict."""
     allocator = keep_freed_memory()
-    torch.manual_seed(0)
-    model = MODELS[model_name]
-    prompts = build_prompt_encoder(model.prompt_dim, model.grid, model.image_size)
-    decoder = BoxDecoder(prompts, build_mask_decoder(model))
+    model, decoder, optimizer = random_decoder(model_name)
     # every slice is asked about, whatever a coarse network of random weights says
     encoder = TappedEncoder(random_encoder(model), model.taps)
     network = SAMSDGSegmenter(encoder, decoder, CoarseNetwork(), COARSE_SIDE, empty="full_box").eval()
-    optimizer = torch.optim.Adam(trainable_parameters(decoder.mask_decoder), 1e-4)
     count = TILES * canvases
     tiles = torch.rand(count, 3, decoder.tile, decoder.tile)
     boxes = torch.rand(count, 1, 2, 2).sort(2).values.flatten(2) * decoder.tile

@@ -30,8 +30,9 @@ def write_doubt(
 
     EPL compares its two networks (:func:`~nnunet_dgplugins.trainers.second_network.case_disagreement`). Else the doubt
     of a class is 1 minus the network's confidence (DeSAM's grid: predicted IoU of the selected mask; DeSAM's whole box
-    and SAM-SDG: the Dice the mask expects of itself), averaged over slices with that class, weighted by area; a class that is nowhere
-    has doubt 1, because an organ that is missing is what one should look at. A case's doubt is its classes' mean.
+    and SAM-SDG: the Dice the mask expects of itself), averaged over slices with that class, weighted by area; a class
+    that is nowhere has doubt 1, because an organ that is missing is what one should look at. A case's doubt is its
+    classes' mean.
 
     Args:
         model_folder: ``<Trainer>__<plans>__<configuration>``.
