@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def collect(request: FolderRequest) -> PatchSet:
         if site not in sites:
             raise UserError(f"--source {site}: no patch of that site{near(site, sites)}")
     source = request.sources[0] if len(request.sources) == 1 else list(request.sources) or None
-    options: dict[str, Any] = {
+    options = {
         "converter": FACTS.command,
         "supervision": request.supervision,
         "classes": classes,
@@ -138,23 +138,22 @@ def collect(request: FolderRequest) -> PatchSet:
         "test": request.test,
         "seed": request.seed,
     }
-    if values is not None:  # another file of classes makes another dataset
-        options["mask_values"] = values
-        options["mask_colours"] = {str(value): bytes(colour).hex() for value, colour in colours.items()}
     found = PatchSet(
-        FACTS.command, request.title, tuple(classes), options, source=source, background=BACKGROUND in (values or {})
-    )
+        FACTS.command, request.title, tuple(classes), options, source=source, background=BACKGROUND in (values or {}),
+        mask_code={"values": values, "colours": colours} if values else {},
+    )  # fmt: skip
     code = make_code(classes, values, colours)
-    names = Counter(Path(row.file).name for row in rows)
+    masks = _masks(request, rows)
     for row in rows:
-        _add(found, request, row, code, alone=names[Path(row.file).name] == 1)
+        _add(found, request, row, code, masks.get(row.file))
     listed = {request.root / row.file for row in rows}
     others = [path for path in sorted(request.root.glob("*")) if path.suffix.casefold() in PICTURES]
     unlisted = [path.name for path in others if path not in listed]
     if unlisted:
         found.notes.append(f"{request.root}: not in {request.tags.name}, left out: {some(unlisted)}")
     found.close(request.exclude)
-    _draw(found, request)
+    if not found.troubles:  # they are told together; that too few patches are left may be due to them
+        _draw(found, request)
     own = [p for p in found.patches if p.patient is not None and (not request.sources or p.site in request.sources)]
     sides = [{case_name(p.site, p.patient or "") for p in own if p.part == part} for part in (TRAIN, VAL)]
     for patient in sorted(sides[0] & sides[1]):
@@ -165,15 +164,13 @@ def collect(request: FolderRequest) -> PatchSet:
     return found
 
 
-def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code, alone: bool) -> None:
-    """Add the patch of a row; of a site that is no source it is a test case, or left out.
-
-    ``alone``: no other row has a file of this name.
-    """
+def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code, mask: Path | None) -> None:
+    """Add the patch of a row; of a site that is no source it is a test case, or left out."""
     path = request.root / row.file
     name = case_name(row.site, Path(row.file).stem)
     wrong = [] if path.is_file() else [f"{path}: no such file"]
-    wrong += [f"{row.file}: not relative to {request.root}"] if Path(row.file).is_absolute() else []
+    outside = Path(row.file).is_absolute() or ".." in Path(row.file).parts
+    wrong += [f"{row.file}: not below {request.root}"] if outside else []
     wrong += ["no site, and --source chooses by site"] if request.sources and row.site is None else []
     if wrong:
         fix = f"Correct the line, or leave the patch out with --exclude {name}."
@@ -185,17 +182,24 @@ def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code, alone: b
             return  # a target's training patches are none of our business
         part = TRAIN if row.part == TRAIN else TEST
     tags = tuple(int(label in row.tags) for label in found.classes)
-    mask = _mask(request, row, alone)
     found.patches.append(Patch(name, path, mask, part, row.site, row.patient, row.file, tags, code))
 
 
-def _mask(request: FolderRequest, row: Row, alone: bool) -> Path | None:
-    """Return the mask beside which the picture would lie, or without folders where that name is the only one."""
+def _masks(request: FolderRequest, rows: Sequence[Row]) -> dict[str, Path]:
+    """Return the masks of the pictures that have one: under the same path, or under the same name without folders.
+
+    A path or name that several pictures share is none of them.
+    """
     if request.masks is None:
-        return None
-    relative = Path(row.file).with_suffix(".png")
-    places = [request.masks / relative, *([request.masks / relative.name] if alone else [])]
-    return next((path for path in places if path.is_file()), None)
+        return {}
+    relative = {row.file: Path(row.file).with_suffix(".png") for row in rows}
+    paths, names = Counter(relative.values()), Counter(path.name for path in relative.values())
+    found: dict[str, Path] = {}
+    for file, path in relative.items():
+        places = [path] * (paths[path] == 1) + [Path(path.name)] * (names[path.name] == 1)
+        masks = [request.masks / place for place in places if (request.masks / place).is_file()]
+        found |= {file: masks[0]} if masks else {}
+    return found
 
 
 def _draw(found: PatchSet, request: FolderRequest) -> None:

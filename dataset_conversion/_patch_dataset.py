@@ -193,8 +193,10 @@ def _digest(work: _Work, truth: bool) -> str:
     dataset.json carries the second kind: nothing that training sees depends on a mask beyond its tags.
     """
     masks = truth or not work.weak
+    said = {"background": work.found.background, "mask_code": masks and work.found.mask_code}
     return content_hash(
         {
+            **{key: value for key, value in said.items() if value},
             "format": staging.FORMAT,
             "name": work.found.name,
             "options": work.found.options,

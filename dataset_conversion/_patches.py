@@ -196,6 +196,7 @@ class PatchSet:
         licence: what they may be used for.
         source: site that is trained on; None for a set without sites.
         background: whether pixels of no class are a target, label 0. Else every pixel is a class or excluded.
+        mask_code: how masks are read, where the user says it; part of what a dataset that reads them depends on.
         patches: all of them.
         troubles: everything wrong with the tree.
         notes: what the user should know.
@@ -209,6 +210,7 @@ class PatchSet:
     licence: str = ""
     source: str | list[str] | None = None
     background: bool = False
+    mask_code: Mapping[str, Any] = field(default_factory=dict)
     patches: list[Patch] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

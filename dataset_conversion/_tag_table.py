@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset_conversion._patches import TEST, TRAIN, VAL, Code, Colour
-from nnunet_dgplugins.data.csv_table import read_csv
+from nnunet_dgplugins.data.csv_table import named_twice, read_csv
 from nnunet_dgplugins.errors import BadInput, Problem, nearest
 
 FILE, TAGS, PATIENT, SITE, PART = "file", "tags", "patient", "site", "part"
@@ -63,7 +63,7 @@ def read_tags(path: Path) -> Tags:
         UserError: no such file, or no UTF-8 text.
     """
     table = read_csv(path, _plain)
-    columns, problems = table.columns, list(table.problems)
+    columns, problems = table.columns, named_twice(path, table)
     if FILE not in columns:
         problems.append(Problem(str(path), f"no column {FILE}; there are {', '.join(columns)}"))
     known = (FILE, TAGS, PATIENT, SITE, PART)
@@ -75,7 +75,9 @@ def read_tags(path: Path) -> Tags:
         problems.append(Problem(str(path), "no tags", f"one column per class, or a column {TAGS}"))
     rows: list[Row] = []
     first: dict[str, str] = {}
-    for number, line in table.lines if not problems else ():
+    lines = [] if problems else table.lines  # without its columns no line says anything
+    problems += table.unclear if lines else []
+    for number, line in lines:
         where = f"{path}, line {number}"
         name, part = line.get(FILE, ""), line.get(PART, "").casefold() or None
         if not name:
@@ -124,7 +126,7 @@ def read_code(path: Path) -> tuple[list[str], dict[str, list[int]], dict[int, Co
         raise BadInput(f"The classes {path}", [Problem(str(path), found, "class and value")])
     values: dict[str, list[int]] = {}
     colours: dict[int, Colour] = {}
-    problems, seen = list(table.problems), set()
+    problems, seen = [*named_twice(path, table), *table.unclear], set()
     for number, line in table.lines:
         where = f"{path}, line {number}"
         name, value, colour = line["class"], line["value"], line.get("colour") or line.get("color") or ""

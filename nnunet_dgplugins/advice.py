@@ -13,6 +13,8 @@ from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, dataset_name, read_json
 from nnunet_dgplugins.registry import TRAINERS
 
+PLANS = "nnUNetPlans"
+
 
 def advise(dataset: int | str) -> dict[str, Any]:
     """Return facts about a dataset, the trainers that fit it with reasons, and the next commands.
@@ -141,27 +143,39 @@ def _fit(name: str, table: CaseTable | None, mixed: list[str], hidden: int, mask
 
 
 def _next(name: str, number: int, preprocessed: Path, fitting: list[str], hidden: int) -> list[str]:
-    """Return the commands of the next stage: plan, train the first trainer that fits, then its later stage, predict."""
-    if not (preprocessed / "nnUNetPlans.json").is_file():
-        return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
-    results = Path(os.environ.get(RESULTS, "")) / name
-    trained = [
-        trainer for trainer in TRAINERS
-        if any(results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth"))
-    ]  # fmt: skip
-    later = [trainer for trainer in fitting if TRAINERS[trainer].after in trained and trainer not in trained]
-    if not trained and hidden and "EPLTrainer" in fitting:
-        later = ["EPLTrainer"]
-    elif not trained:
-        later = fitting
-    if later:
-        return [f"nnUNetv2_train {number} 2d 0 -tr {later[0]}"]
-    if not trained:
+    """Return the commands of the next stage: plan, train what fits best, then its later stage, then predict."""
+    trained = _trained(Path(os.environ.get(RESULTS, "")) / name)
+    if not fitting and not trained:
         return []
+    if not (preprocessed / f"{PLANS}.json").is_file():
+        return [f"nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity"]
+    if not trained:
+        first = "EPLTrainer" if hidden and "EPLTrainer" in fitting else fitting[0]
+        return [f"nnUNetv2_train {number} 2d 0 -tr {first}"]
+    for later in fitting:
+        if later not in trained and (before := trained.get(TRAINERS[later].after)):
+            plans, fold = before
+            return [f"nnUNetv2_train {number} 2d {fold} -tr {later}{_with(plans)}"]
     earlier = {TRAINERS[trainer].after for trainer in trained}
     last = next(trainer for trainer in trained if trainer not in earlier)
+    plans, fold = trained[last]
     folder = f"{os.environ.get(RAW, '$nnUNet_raw')}/{name}/imagesTs"
     return [
-        f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f 0 -tr {last}",
+        f"nnUNetv2_predict -d {number} -i {folder} -o predictions -c 2d -f {fold} -tr {last}{_with(plans)}",
         f"dgplugins evaluate {number} predictions",
     ]
+
+
+def _trained(results: Path) -> dict[str, tuple[str, str]]:
+    """Return plans and fold of each of our trainers that has finished; nnU-Net's own plans and fold 0 come first."""
+    found = {}
+    for trainer in TRAINERS:
+        paths = results.glob(f"{trainer}__*__2d/fold_*/checkpoint_final.pth")
+        pairs = [(path.parent.parent.name.split("__")[1], path.parent.name.removeprefix("fold_")) for path in paths]
+        if pairs:
+            found[trainer] = min(pairs, key=lambda pair: (pair != (PLANS, "0"), pair))
+    return found
+
+
+def _with(plans: str) -> str:
+    return "" if plans == PLANS else f" -p {plans}"

@@ -68,7 +68,7 @@ def search_rows(repeats: int = 5, side: int = GRID) -> list[Row]:
 
 
 def random_decoder(model_name: str) -> tuple[SamModel, BoxDecoder, torch.optim.Optimizer]:
-    """Return SAM's sizes, a decoder of random weights and what trains it."""
+    """Seed torch and return SAM's sizes, a decoder of random weights and its optimiser."""
     torch.manual_seed(0)
     model = MODELS[model_name]
     prompts = build_prompt_encoder(model.prompt_dim, model.grid, model.image_size)
@@ -122,8 +122,8 @@ def whole_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5
     """Time a training step with the encoder and without, and both ways to predict."""
     allocator = keep_freed_memory()
     model, decoder, optimizer = random_decoder(model_name)
-    # every slice is asked about, whatever a coarse network of random weights says
     encoder = TappedEncoder(random_encoder(model), model.taps)
+    # full_box: every slice is asked about, whatever a coarse network of random weights says
     network = SAMSDGSegmenter(encoder, decoder, CoarseNetwork(), COARSE_SIDE, empty="full_box").eval()
     count = TILES * canvases
     tiles = torch.rand(count, 3, decoder.tile, decoder.tile)
@@ -145,7 +145,7 @@ def whole_rows(model_name: str = "vit_tiny", canvases: int = 4, repeats: int = 5
             {"alone": lambda: network.segment(slices), "four": lambda: network.segment_four(slices)}, repeats
         )
     named = {
-        f"training step, {model_name}, embeddings of kept groupings": (steps["anew"], steps["kept"]),
+        f"training step, {model_name}, embeddings of kept groupings, in memory": (steps["anew"], steps["kept"]),
         f"prediction per slice, {model_name}, one slice per canvas, then four": (
             ways["alone"] / count, ways["four"] / count,
         ),

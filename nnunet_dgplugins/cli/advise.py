@@ -31,6 +31,9 @@ def _show(advice: dict[str, Any]) -> None:
         click.echo(f"\n{'fits' if item['fits'] else 'does not fit'}: {item['name']}")
         for reason in item["why"]:
             click.echo(f"  {reason}")
+    if not advice["next"]:
+        click.echo("\nNo trainer fits: cases need masks in labelsTr, or tags in the case table (docs/data.md).")
+        return
     click.echo("\nNext:")
     for line in advice["next"]:
         click.echo(f"  {line}")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_dgplugins.data.csv_table import read_csv
+from nnunet_dgplugins.data.csv_table import named_twice, read_csv
 from nnunet_dgplugins.errors import Problem, nearest
 from nnunet_dgplugins.files import read_json
 
 SITE_COLUMNS = ("site", "center", "centre")
+PATIENT = "patient"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _from_json(content: Any, path: Path, problems: list[Problem]) -> Iterable[Ro
 
 def _from_csv(path: Path, case_columns: Sequence[str], problems: list[Problem]) -> Iterable[Row]:
     table = read_csv(path)
-    problems += table.problems
+    problems += named_twice(path, table, {*case_columns, *SITE_COLUMNS, PATIENT}.__contains__)
     case = next((name for name in case_columns if name in table.columns), None)
     site = next((name for name in SITE_COLUMNS if name in table.columns), None)
     for found, names in ((case, case_columns), (site, SITE_COLUMNS)):
@@ -93,9 +94,10 @@ def _from_csv(path: Path, case_columns: Sequence[str], problems: list[Problem]) 
             problems.append(Problem(str(path), f"columns {', '.join(filter(None, table.columns)) or 'none'}", wanted))
     if case is None or site is None:
         return
+    problems += table.unclear
     for number, line in table.lines:
         where = f"{path}, line {number}"
         if not line[case]:
             problems.append(Problem(where, "no case"))
             continue
-        yield Row(line[case], line[site], line.get("patient") or None, where)
+        yield Row(line[case], line[site], line.get(PATIENT) or None, where)

@@ -192,6 +192,7 @@ class DGTrainer(nnUNetTrainer):
 
     def on_train_end(self) -> None:
         """Write the final checkpoint and stop the loaders of ours."""
+        loggers.draw_progress(self)
         super().on_train_end()
         loggers.finish(self)
         for loader in (self.dataloader_train, self.dataloader_val):

@@ -57,6 +57,8 @@ def asked() -> list[str]:
 def attach(trainer: Any, hyperparameters: dict[str, Any]) -> None:
     """Give a trainer that is about to train the loggers asked for; its hyper-parameters are written once, to W&B too.
 
+    From here on ``progress.png`` is drawn now and then (:class:`RarePlot`), and by :func:`draw_progress` at the end.
+
     Args:
         trainer: any nnU-Net trainer, initialised; its current epoch is where the curves go on.
         hyperparameters: by name, not nested.
@@ -71,10 +73,14 @@ def attach(trainer: Any, hyperparameters: dict[str, Any]) -> None:
         trainer.logger.loggers.append(logger)
 
 
-def finish(trainer: Any) -> None:
-    """Say that the training has come to its end; the final validation's values may still follow."""
+def draw_progress(trainer: Any) -> None:
+    """Draw the epochs that ``progress.png`` lacks; to be called before the final checkpoint says that all is done."""
     if trainer.local_rank == 0:
         trainer.logger.plot_progress_png.draw_skipped()
+
+
+def finish(trainer: Any) -> None:
+    """Say that the training has come to its end; the final validation's values may still follow."""
     for logger in trainer.logger.loggers:
         if isinstance(logger, MLflowLogger):
             logger.finish()

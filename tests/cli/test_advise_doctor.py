@@ -125,20 +125,37 @@ def test_the_next_command_follows_what_is_there(nnunet_folders: Path, case: dict
     preprocessed.mkdir()
     (preprocessed / "nnUNetPlans.json").write_text("{}")
     for trainer in trained:
-        fold = nnunet_folders / "nnUNet_results" / "Dataset520_Test" / f"{trainer}__nnUNetPlans__2d" / "fold_0"
-        fold.mkdir(parents=True)
-        (fold / "checkpoint_final.pth").touch()
+        _finished(nnunet_folders, f"{trainer}__nnUNetPlans__2d", "fold_0")
     first, *rest = _advice()["next"]
     assert first.endswith(following)
     assert rest == (["dgplugins evaluate 520 predictions"] if "predict" in first else [])
 
 
-def test_nothing_comes_next_where_no_trainer_fits(nnunet_folders: Path):
-    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": False}}, source="A")
+def _finished(root: Path, model: str, fold: str) -> None:
+    folder = root / "nnUNet_results" / "Dataset520_Test" / model / fold
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_final.pth").touch()
+
+
+def test_the_next_command_is_of_the_plans_and_fold_that_have_been_trained(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": TAGS_OF_A_PATCH}, source="A")
     preprocessed = nnunet_folders / "nnUNet_preprocessed" / "Dataset520_Test"
     preprocessed.mkdir()
     (preprocessed / "nnUNetPlans.json").write_text("{}")
+    _finished(nnunet_folders, "DCAMClassifierTrainer__Small__2d", "fold_1")
+    assert _advice()["next"] == ["nnUNetv2_train 520 2d 1 -tr DCAMTrainer -p Small"]
+    _finished(nnunet_folders, "DCAMTrainer__Small__2d", "fold_1")
+    assert _advice()["next"][0].endswith("-c 2d -f 1 -tr DCAMTrainer -p Small")
+    _finished(nnunet_folders, "DCAMTrainer__nnUNetPlans__2d", "fold_0")
+    assert _advice()["next"][0].endswith("-c 2d -f 0 -tr DCAMTrainer")
+
+
+def test_where_no_trainer_fits_what_is_missing_is_said(nnunet_folders: Path):
+    _dataset(nnunet_folders, {"a": {"site": "A", "labelled": False}}, source="A")
     assert _advice()["next"] == []
+    said = CliRunner().invoke(cli, ["advise", "520"]).output
+    assert "No trainer fits: cases need masks in labelsTr, or tags in the case table" in said
+    assert "Next:" not in said
 
 
 def test_a_broken_case_table_is_reported_with_every_problem(nnunet_folders: Path):

@@ -200,9 +200,11 @@ def test_everything_wrong_with_the_table_is_said_at_once(root: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ("file;tags\npictures/patch 0.png;gland;muscle\n", 'header has 2. Put a cell that contains ";"'),
-        ("file,tags,patient\npictures/patch 0.png,gland,fat,p1\n", "line 2: 4 cells, and the header has 3"),
-        ("file,gland,gland\npictures/patch 0.png,1,0\n", "2 columns gland"),
+        ("file;tags\npictures/patch 0.png;gland;muscle\n", "line 2: 'muscle' stands in no column of the header"),
+        ("\nfile;tags;\npictures/patch 0.png;gland;muscle\n", "line 3: 'muscle' stands in no column of the header"),
+        ("file,gland,\npictures/patch 0.png,1,1\n", "line 2: '1' stands in no column of the header"),
+        ("file,tags,patient\npictures/patch 0.png,gland,fat,p1\n", "line 2: 'p1' stands in no column"),
+        ("file,gland,gland\npictures/patch 0.png,1,0\n", "several columns gland"),
         ("file,background,gland\npictures/patch 0.png,1,0\n", "a class called background"),
         ("file,tags\npictures/patch 0.png,Ignore;gland\n", "a class called Ignore"),
     ],
@@ -217,25 +219,55 @@ def test_a_class_of_the_table_of_classes_needs_its_column(root: Path) -> None:
     assert "no column fatt; did you mean" in refused(root, classes_file=root / "classes.csv")
 
 
+@pytest.mark.parametrize("text", ['file,tags\npictures/patch 0.png,"gland\npictures/patch 1.png,fat\n', 'file,"tags\n'])
+def test_an_open_quotation_mark_swallows_no_rows(root: Path, text: str) -> None:
+    (root / "tags.csv").write_text(text)
+    with pytest.raises(UserError, match="a quotation mark has no pair"):
+        convert(root)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "My patches\n\nfile,tags\na.png,gland\n"])
+def test_a_table_without_its_header_is_one_problem(root: Path, text: str) -> None:
+    (root / "tags.csv").write_text(text)
+    assert "no column file" in refused(root)
+
+
+def test_a_cell_too_many_hides_no_other_problem(root: Path) -> None:
+    (root / "tags.csv").write_text("file,gland,part\npictures/patch 0.png,1,train,x\npictures/patch 1.png,7,train\n")
+    said = refused(root)
+    assert "'x' stands in no column" in said
+    assert "gland is '7'" in said
+
+
+def test_pictures_lie_below_the_folder(root: Path) -> None:
+    elsewhere = root.parent / "elsewhere.png"
+    picture(elsewhere, 0)
+    (root / "tags.csv").write_text(f"file,gland\n{elsewhere},1\n../elsewhere.png,1\npictures/patch 1.png,1\n")
+    assert refused(root).count(f"not below {root}") == 2
+
+
 @pytest.mark.parametrize(("old", "new"), [("gland,1\nmuscle,2", "gland,2\nmuscle,1"), ("ignore,0", "Background,0")])
 def test_another_table_of_classes_is_another_dataset(root: Path, old: str, new: str) -> None:
     table = root / "classes.csv"
     table.write_text("class,value\ngland,1\nmuscle,2\nfat,3\nignore,0\n")
     options = {"masks": root / "masks", "classes_file": table, "val": 0.2}
-    convert(root, **options)
+    before = content(convert(root, **options))["dgplugins"]["protocol"]["input"]
     table.write_text(table.read_text().replace(old, new))
     with pytest.raises(UserError, match="--overwrite"):
         convert(root, **options)
-    convert(root, **options, overwrite=True)
+    after = content(convert(root, **options, overwrite=True))["dgplugins"]["protocol"]["input"]
+    # what training sees depends on how masks are read only where background becomes a class
+    assert (after == before) == ("Background" not in new)
 
 
-def test_one_mask_is_never_taken_for_two_pictures_of_one_name(root: Path) -> None:
-    for site in ("north", "south"):
-        picture(root / site / "same.png", 0)
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_one_mask_is_never_taken_for_two_pictures_of_one_name(root: Path, suffix: str) -> None:
+    for name in ("north/same.png", f"south/same{suffix}"):
+        picture(root / name, 0)
     mask(root / "masks" / "same.png", bands([0, 1, 2]), [])
     lines = ["file,gland,site,part", "pictures/patch 1.png,1,North,train", "north/same.png,1,North,val"]
     request = module.FolderRequest(root, 519, tags=root / "tags.csv", masks=root / "masks")
-    for more, known in (([], [True]), (["south/same.png,1,South,test"], [False, False])):
+    for more, known in (([], [True]), ([f"south/same{suffix},1,South,test"], [False, False])):
         (root / "tags.csv").write_text("\n".join([*lines, *more]) + "\n")
         patches = module.collect(request).patches
         assert [patch.mask is not None for patch in patches if "same" in patch.name] == known

@@ -358,3 +358,10 @@ def test_the_table_of_a_dcam_study_shows_miou(tmp_path: Path):
     text = (tmp_path / "results.md").read_text()
     assert "| all | stock | 0.333 ± 0.000 |" in text
     assert "| all | ours | 0.818 ± 0.000 |" in text
+
+
+def test_images_that_are_cut_from_real_ones_are_not_called_made(tmp_path: Path):
+    table = collect(made(tmp_path))
+    real = replace(STUDY, datasets=(replace(STUDY.datasets[0], made=False),))
+    assert "made images" in markdown(table, STUDY)
+    assert "made images" not in markdown(table, real)

@@ -165,6 +165,7 @@ def test_the_setting_wins_over_what_the_dataset_says_of_white(patches: World):
     patches.use(WHITE).settings(white_background=False)
     patches.train(FIRST)
     assert 3 not in started(patches).read("case_0")
+    assert "stage 1's rules: white_background=False, background_threshold=None" in patches.log  # type: ignore[attr-defined]
 
 
 def test_a_dataset_that_shows_next_to_nothing_is_refused(patches: World):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_budget_logs_one_value_per_epoch_and_key_also_after_a_stop(
 
 def test_the_picture_is_drawn_at_most_every_half_minute_and_lacks_no_epoch_at_the_end(monkeypatch: pytest.MonkeyPatch):
     clock, drawn = [100.0], []
-    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     plot = loggers.RarePlot(lambda folder: drawn.append((folder, clock[0])))
     plot.draw_skipped()  # nothing has been trained
     for clock[0] in (100.0, 110.0, 129.0, 131.0, 140.0):
@@ -114,7 +115,10 @@ def test_a_training_of_short_epochs_draws_the_first_and_the_last(world: World, m
         lambda logger, folder: drawn.append(len(logger.my_fantastic_logging["train_losses"])),
     )
     world.settings(epochs=3)
-    world.command("DeSAMTrainer")
+    built = world.construct("DeSAMTrainer")
+    recorders.kill_while_saving(built, "final")  # nothing would draw behind it
+    with pytest.raises(KeyboardInterrupt):
+        built.run_training()
     assert drawn == [1, 3]
 
 

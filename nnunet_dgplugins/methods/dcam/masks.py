@@ -99,7 +99,9 @@ def white_pixels(images: Tensor) -> Tensor:
 def cam_masks(
     network: ResNet38, images: Tensor, threshold: float = EVALUATION_THRESHOLD, published_ties: bool = False
 ) -> Tensor:
-    """Return the classifier's own segmentation of images without tags, by which stage 1 is judged.
+    """Return the classifier's own segmentation of images without tags, by which the release judges stage 1.
+
+    :class:`~.segmenter.CAMClassifier` deploys the same as logits, and knows classes of background.
 
     Args:
         network: in evaluation mode.
