@@ -9,7 +9,8 @@
 #   bash scripts/demo.sh equivariant     equivariant CAMs on made brains: slice tags only, then stock nnU-Net on the
 #                                        pseudo labels for as long; about 8 minutes on 2 cores
 #   bash scripts/demo.sh dcam            D-CAM on made tissue patches of two hospitals: tags of one train both stages, and
-#                                        stock nnU-Net on the pseudo labels; the other one is predicted
+#                                        stock nnU-Net on the pseudo labels; the other one is predicted; about 14 minutes
+#                                        on 2 cores, which is too short to learn much
 #   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
 #                                        stock nnU-Net for as long as both
 #   bash scripts/demo.sh study           a small study of the phantom, two methods and two seeds, and its report as a page
@@ -36,7 +37,7 @@ while [ $# -gt 0 ]; do
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,22p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,23p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -150,13 +151,15 @@ elif [ "$method" = samsdg ]; then
   equal=(--minutes "$(minutes_of SAMSDGCoarseTrainer SAMSDGTrainer)")
 elif [ "$method" = dcam ]; then
   # a thin tower and the planned U-Net instead of ResNet-38 and DeepLabV3+; rates of a start without weights. After 40
-  # epochs it knows little more than the commonest tags
-  settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 150}, DCAMTrainer: {network: planned, epochs: 10}}"
+  # epochs it knows little more than the commonest tags. Small batches for stage 2 and stock nnU-Net: more steps in minutes
+  settings "{DCAMClassifierTrainer: {width_divisor: 32, epochs: 150},
+             DCAMTrainer: {network: planned, batch_size: 4, epochs: 10}}"
   step train_tags nnUNetv2_train 520 2d 0 -tr DCAMClassifierTrainer -device "$device"
   step train_dcam nnUNetv2_train 520 2d 0 -tr DCAMTrainer -device "$device"
   step pseudo_labels dgplugins pseudo-labels "$nnUNet_results/$dataset/DCAMClassifierTrainer__nnUNetPlans__2d" \
     --out 521 --device "$device"
   step plan_second "${plan[@]}" -d 521
+  [ "$data" != "$out/download" ] || step batches dgplugins configure 521 -c 2d --batch-size 4 -o nnUNetPlans
   second=521 equal=(--minutes "$(minutes_of DCAMTrainer)")
 else
   # small images and few of them: the prostate's width and a higher rate; how high maps are varies with the terms
