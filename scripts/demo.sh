@@ -13,7 +13,8 @@
 #                                        on 2 cores, which is too short to learn much
 #   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
 #                                        stock nnU-Net for as long as both
-#   bash scripts/demo.sh study           a small study of the phantom, two methods and two seeds, and its report as a page
+#   bash scripts/demo.sh study           a small study of the phantom, two methods and two seeds, and its report as a page;
+#                                        about 11 minutes on 2 cores
 #   bash scripts/demo.sh ... --data DIR  the real download, same steps (SAML layout; equivariant: BraTS 2019; dcam: a folder
 #                                        with LUAD-HistoSeg and BCSS-WSSS, which needs a GPU)
 #
@@ -37,7 +38,7 @@ while [ $# -gt 0 ]; do
     "--steps epl") steps="$2"; shift 2 ;;
     --out\ *) out="$2"; shift 2 ;;
     --device\ *) device="$2"; shift 2 ;;
-    -h\ * | --help\ *) sed -n '2,23p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -h\ * | --help\ *) sed -n '2,24p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
     *) echo "Unknown option $1 of the demo of $method (see --help)" >&2; exit 2 ;;
   esac
 done
