@@ -153,8 +153,7 @@ class BudgetRun:
         while self.left() > 0:
             steps += self._epoch()
         trainer.num_epochs = trainer.current_epoch
-        if not self.own:
-            loggers.draw_progress(trainer)
+        loggers.draw_progress(trainer)
         trainer.on_train_end()
         if not self.own:
             loggers.finish(trainer)
