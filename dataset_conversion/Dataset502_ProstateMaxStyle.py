@@ -44,6 +44,7 @@ FACTS = Facts(
     mapping={0: 0, 1: 1, 2: 1},
     splits=("kfold", "desam"),
     neighbours=True,
+    ends_left_out=True,  # with all slices that show no prostate
     reference="https://github.com/cherise215/MaxStyle",
     licence="as the public sources (NCI-ISBI 2013, I2CVB, PROMISE12): research use",
 )

@@ -87,14 +87,22 @@ def _files(folder: Path, listing: Listing) -> dict[str, Path]:
 def _volumes(names: Sequence[str], images: dict[str, Path], folder: Path, listing: Listing) -> dict[str, list[str]]:
     """Return volume to the names of its slices in order: by name, or where that fails, by what the slices show."""
     found: dict[str, dict[int, str]] = {}
+    strange = []
     for name in names:
         match = FILE.fullmatch(name)
         slices = found.setdefault(match["volume"], {}) if match else {}
-        if match is None or int(match["slice"]) in slices:
+        if match is None:
+            strange.append(name)
+        elif int(match["slice"]) in slices:
             break
-        slices[int(match["slice"])] = name
+        else:
+            slices[int(match["slice"])] = name
     else:
-        if len(found) > 1 or len(names) < 2:  # "slice_17" of one volume only may be a running number over many
+        # "slice_17" of one volume only may be a running number over many
+        if len(found) > 1 or (len(names) < 2 and not strange):
+            if strange:
+                left_out = ", ".join(f"{name}.npy" for name in strange)
+                listing.warnings.append(f"{folder}: not called <volume>_<slice>.npy, left out: {left_out}")
             return {volume: [slices[number] for number in sorted(slices)] for volume, slices in found.items()}
     chains = chained([images.get(name, folder / name) for name in names])
     listing.warnings.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataset_conversion._folders import walk
 from dataset_conversion._nifti import Unreadable, sizes
 
 SERIES, DESCRIPTION, POSITION, ORIENTATION = "0020|000e", "0008|103e", "0020|0032", "0020|0037"
@@ -80,14 +80,13 @@ def find_series(folder: Path) -> list[Series]:
     """
     found: dict[tuple[str, str], list[Path]] = {}
     names: dict[tuple[str, str], str] = {}
-    for place, inner, files in os.walk(folder):
-        inner.sort()
-        for name in sorted(files):
-            path = Path(place, name)
-            if name.startswith(".") or name.upper() == "DICOMDIR" or not is_dicom(path):
+    for place, _, files in walk(folder):
+        for name in files:
+            path = place / name
+            if name.upper() == "DICOMDIR" or not is_dicom(path):
                 continue
             reader = _header(path)
-            key = (place, _text(reader, SERIES))
+            key = (str(place), _text(reader, SERIES))
             found.setdefault(key, []).append(path)
             names.setdefault(key, _text(reader, DESCRIPTION))
     return [Series(tuple(paths), names[key]) for key, paths in found.items()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataset_conversion._folders import hidden
 from dataset_conversion._sources import Source, Stack
 from nnunet_dgplugins.errors import Problem, UserError, nearest
 
@@ -292,7 +293,7 @@ class Request:
 def entries(folder: Path) -> list[Path]:
     """Return what lies in a folder, sorted, without hidden files and the litter of archive programs."""
     return sorted(
-        (path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"),
+        (path for path in folder.iterdir() if not hidden(path.name)),
         key=lambda path: path.name,
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from dataset_conversion._dicom import find_series
 from dataset_conversion._facts import Listing, SourceCase, Trouble, entries
+from dataset_conversion._folders import walk
 from dataset_conversion._nci_isbi import choose
 from dataset_conversion._nifti import Unreadable
 from dataset_conversion._sources import Scan
@@ -46,12 +46,11 @@ def list_cases(root: Path, listing: Listing) -> None:
 
 def _patients(root: Path) -> list[Path]:
     found = []
-    for place, inner, _ in os.walk(root):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name != "__MACOSX")
+    for place, inner, _ in walk(root):
         for name in list(inner):
             if PATIENT.fullmatch(name):
                 inner.remove(name)
-                found.append(Path(place, name))
+                found.append(place / name)
     return found
 
 

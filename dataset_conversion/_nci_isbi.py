@@ -6,13 +6,13 @@ that they lie in the right place, so all are put on the image's grid by physical
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from dataset_conversion._dicom import Series, axial_t2, find_series
 from dataset_conversion._facts import Listing, SourceCase, Trouble
+from dataset_conversion._folders import walk
 from dataset_conversion._nifti import Unreadable
 from dataset_conversion._sources import Scan
 from nnunet_dgplugins.errors import Problem
@@ -20,7 +20,8 @@ from nnunet_dgplugins.errors import Problem
 SITES = {"prostate3t": "RUNMC", "prostatedx": "BMC"}
 SUBJECT = re.compile(r"(?P<collection>Prostate3T|ProstateDx)-(?P<number>\d{2}-\d{4})", re.IGNORECASE)
 CORRECTED = "_correctedLabels"  # one mask was replaced after the challenge
-MASK = re.compile(rf"(?P<subject>{SUBJECT.pattern})(?P<corrected>{CORRECTED})?\.nrrd", re.IGNORECASE)
+TRUTH = "_truth"  # masks of the challenge's test subjects, which came later
+MASK = re.compile(rf"(?P<subject>{SUBJECT.pattern})({CORRECTED}|{TRUTH})?\.nrrd", re.IGNORECASE)
 
 
 def list_cases(root: Path, listing: Listing) -> None:
@@ -62,17 +63,16 @@ def _walk(root: Path, listing: Listing) -> tuple[dict[str, list[Path]], dict[str
     """Return the image folders and the masks of each subject."""
     folders: dict[str, list[Path]] = {}
     masks: dict[str, list[Path]] = {}
-    for place, inner, files in os.walk(root):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name != "__MACOSX")
-        if not any(SUBJECT.fullmatch(part) for part in Path(place).parts):
+    for place, inner, files in walk(root):
+        if not any(SUBJECT.fullmatch(part) for part in place.parts):
             for name in filter(SUBJECT.fullmatch, inner):
-                folders.setdefault(_spelled(name), []).append(Path(place, name))
-        for name in sorted(files):
+                folders.setdefault(_spelled(name), []).append(place / name)
+        for name in files:
             match = MASK.fullmatch(name)
             if match:
-                masks.setdefault(_spelled(match["subject"]), []).append(Path(place, name))
-            elif name.lower().endswith(".nrrd") and not name.startswith("."):
-                listing.warnings.append(f"{Path(place, name)}: not called as the masks of NCI-ISBI 2013, left out")
+                masks.setdefault(_spelled(match["subject"]), []).append(place / name)
+            elif name.lower().endswith(".nrrd"):
+                listing.warnings.append(f"{place / name}: not called as the masks of NCI-ISBI 2013, left out")
     return folders, masks
 
 

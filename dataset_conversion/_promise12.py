@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 from dataset_conversion._facts import Facts, Listing, SourceCase, Trouble
+from dataset_conversion._folders import walk
 from dataset_conversion._sources import Scan
 from nnunet_dgplugins.data.site_list import read_site_list
 from nnunet_dgplugins.errors import BadInput, Problem
@@ -21,14 +21,13 @@ KEPT_APART = {"RUNMC": "RUNMC-PROMISE12"}
 def list_cases(root: Path, site_map: Path | None, facts: Facts, listing: Listing) -> None:
     """Pair images and masks by number within their folder; a folder without any mask is test data."""
     folders: dict[Path, dict[str, dict[int, list[Path]]]] = {}
-    for place, inner, files in os.walk(root):
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and name != "__MACOSX")
-        for name in sorted(files):
+    for place, _, files in walk(root):
+        for name in files:
             match = FILE.fullmatch(name)
             if match:
-                parts = folders.setdefault(Path(place), {"image": {}, "mask": {}})
+                parts = folders.setdefault(place, {"image": {}, "mask": {}})
                 part = parts["mask" if match["mask"] else "image"]
-                part.setdefault(int(match["number"]), []).append(Path(place, name))
+                part.setdefault(int(match["number"]), []).append(place / name)
     pairs: dict[int, tuple[Path, dict[str, list[Path]]]] = {}
     for folder, parts in folders.items():
         if not parts["mask"]:
@@ -85,6 +84,7 @@ def _sites(site_map: Path | None, facts: Facts, numbers: set[int], listing: List
         raise BadInput(f"The list of sites {site_map}", problems)
     listing.troubles += [Trouble(problem) for problem in problems]
     sites: dict[int, str] = {}
+    where: dict[int, str] = {}
     for row in rows:
         match = re.fullmatch(r"(?:case)?(\d+)(?:\.0)?", row.case, re.IGNORECASE)  # spreadsheets turn 17 into 17.0
         site = next((site for site in facts.sites if site.answers_to(row.site)), None)
@@ -92,14 +92,18 @@ def _sites(site_map: Path | None, facts: Facts, numbers: set[int], listing: List
             listing.troubles.append(Trouble(Problem(row.where, f"case '{row.case}'", "CaseNN or a number")))
         elif int(match[1]) not in numbers:
             listing.warnings.append(f"{row.where}: there is no Case{int(match[1]):02d}")
+        elif int(match[1]) in where:  # spelled in another way; the reader of the list compares spellings
+            number = int(match[1])
+            problem = Problem(row.where, f"Case{number:02d} is listed twice, first at {where[number]}")
+            listing.troubles.append(Trouble(problem, case=f"{SITE}_Case{number:02d}"))
         elif site is None:
             known = ", ".join(site.name for site in facts.sites)
             if row.site:  # an empty one is reported by the reader of the list
                 problem = Problem(row.where, f"unknown site '{row.site}'", known)
                 listing.troubles.append(Trouble(problem, case=f"{SITE}_Case{int(match[1]):02d}"))
-            sites.setdefault(int(match[1]), "")
+            sites[int(match[1])], where[int(match[1])] = "", row.where
         else:
-            sites[int(match[1])] = KEPT_APART.get(site.name, site.name)
+            sites[int(match[1])], where[int(match[1])] = KEPT_APART.get(site.name, site.name), row.where
     for number in sorted(numbers - set(sites)):
         case = f"{SITE}_Case{number:02d}"
         problem = Problem(

@@ -158,7 +158,7 @@ def evaluate(
         if not files:
             raise UserError(f"{folder}: no file ending in {dataset.file_ending}.")
     cases, problems, notes = _pair(dataset, truths, guesses, labels, predictions, partial_folder)
-    ends_left_out = bool(dataset.table.protocol.get("ends_left_out", False))
+    ends_left_out = any(dataset.table.protocol.get(key, False) for key in ("ends_left_out", "drop_empty_slices"))
     work = [(case, truths[case], guesses[case], classes, protocol, ends_left_out) for case in cases]
     results = run("Evaluating", _measure, work, jobs if len(work) >= _FEW_CASES else 1)
     for found in results:
@@ -289,6 +289,8 @@ def _canvas_rows(
         for name in dataset.classes.values:
             counts = [pair for case in cases for pair in results[case][name]]
             dropped += len(counts) % samsdg_protocol.TILES
+            if len(counts) < samsdg_protocol.TILES:
+                notes.append(f"{site}: {len(counts)} slices with {name}, no canvas; not in the mean of sites.")
             for number, value in enumerate(samsdg_protocol.canvas_dice(counts), 1):
                 rows.append((f"canvas {number:03d}", site, None, name, "dice_samsdg", value))
     if dropped:

@@ -4,7 +4,8 @@ The unit is a canvas of four slices, not a case. For each unseen site and each c
 
 1. Slices: the cases sorted by name, slices in order, those without the class in the reference skipped, and the first
    and the last slice of a volume left out (the method's images hold three adjacent slices as channels). A dataset
-   whose case table says ``ends_left_out`` in its protocol has lost them already, and all of its slices count.
+   whose case table says ``ends_left_out`` in its protocol has lost them already, and one of ``drop_empty_slices`` ends
+   where the organ does, not where the scan does: all of its slices count. So does a volume of one slice, an image.
 2. Each slice is resized to 512 x 512 by nearest neighbour. The released code resizes masks bilinearly, which shrinks
    them, and predicts at 512 x 512; here both masks take the same resize.
 3. Four consecutive slices, also of neighbouring volumes, make a canvas; an incomplete last canvas is dropped.
@@ -53,12 +54,12 @@ def slice_counts(
         prediction: label values, of the same shape.
         classes: class name to its label values.
         ignore: label value of the reference that counts nowhere.
-        ends_left_out: the scan's first and last slice are not in the volume, so that every slice may count.
+        ends_left_out: the volume's first and last slice are not the scan's, so that every slice may count.
     """
     result = {}
     for name, truth, guess in class_masks(reference, prediction, classes, ignore):
         # an image has no neighbours to lack, so only volumes lose their ends
-        end = 0 if ends_left_out else 1
+        end = 0 if ends_left_out or len(truth) == 1 else 1
         slices = range(end, len(truth) - end) if truth.ndim == 3 else range(1)
         truths, guesses = (mask if mask.ndim == 3 else mask[None] for mask in (truth, guess))
         result[name] = [_counts(truths[index], guesses[index]) for index in slices if truths[index].any()]

@@ -23,12 +23,15 @@ from nnunet_dgplugins.sam.preprocess import resize_target
 from nnunet_dgplugins.trainers.samsdg_canvases import true_boxes
 from nnunet_dgplugins.trainers.whole_slices import mask_heads
 
+#: largest logit of a fold among several, p = 0.9997; a class that a fold does not find has -50, which would be a veto
+SURE = 8.0
 _PICTURES = "NaturalImage2DIO"  # nnU-Net's reader of colours in one file
 
 
 class FourSlices(nnUNetPredictor):
-    """nnU-Net's predictor, but a case's slices are shown together, four on a canvas; folds are averaged as usual.
+    """nnU-Net's predictor, but a case's slices are shown together, four on a canvas.
 
+    Logits of several folds are averaged as usual, each cut to :data:`SURE`: a fold that finds nothing is one vote.
     ``label_map`` (Z, Y, X) of the case that comes next, preprocessed as the case is, gives the boxes where it is set.
     """
 
@@ -43,6 +46,8 @@ class FourSlices(nnUNetPredictor):
         boxes = None if self.label_map is None else self._true_boxes(network, slices, self.label_map).to(self.device)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
             logits = network.segment_four(slices.to(self.device), boxes)[0]
+        if len(self.list_of_parameters) > 1:
+            logits = logits.clamp(-SURE, SURE)
         return logits.transpose(0, 1)
 
     def _true_boxes(self, network: SAMSDGSegmenter, slices: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -83,7 +88,8 @@ def predict_folder(
         The written files.
 
     Raises:
-        UserError: no such model or fold, or files are missing; all of them are named.
+        UserError: no such model or fold, or files are missing; all of them are named. Images that cannot be read are
+            named once all others are written.
     """
     for path in (model_folder / f"fold_{fold}" / checkpoint for fold in folds):
         if not path.is_file():
@@ -91,8 +97,9 @@ def predict_folder(
             raise UserError(f"{path}: no such checkpoint; folds that have it: {there}.")
     description = read_json(model_folder / "dataset.json")
     ending = description["file_ending"]
+    channels = len(description["channel_names"])
     pictures = read_json(model_folder / "plans.json")["image_reader_writer"] == _PICTURES
-    cases = find_cases(images, ending, 1 if pictures else len(description["channel_names"]))
+    cases = find_cases(images, ending, (1, channels) if pictures else (channels,))
     if masks:
         _check_masks({case: masks / f"{case}{ending}" for case in cases}, cases, description)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -103,16 +110,23 @@ def predict_folder(
     write_json(output / "plans.json", plans.plans)
     for half_written in output.glob(".tmp-*"):  # by a process that was killed
         half_written.unlink(missing_ok=True)
-    written = []
+    written: list[Path] = []
+    unreadable: list[Problem] = []
     for number, (case, files) in enumerate(cases.items(), 1):
         target = output / f"{case}{ending}"
         if target.is_file() and not overwrite:
             say(f"{case}: is there already ({number} of {len(cases)})")
             continue
         truth = os.fspath(masks / target.name) if masks else None
-        data, seg, properties = configuration.preprocessor_class(verbose=False).run_case(
-            [os.fspath(file) for file in files], truth, plans, configuration, predictor.dataset_json
-        )
+        try:
+            data, seg, properties = configuration.preprocessor_class(verbose=False).run_case(
+                [os.fspath(file) for file in files], truth, plans, configuration, predictor.dataset_json
+            )
+        except (RuntimeError, AssertionError, OSError, ValueError) as error:  # whatever nnU-Net's readers raise
+            found = str(error).strip().splitlines()[-1:] or ["its channels differ in size or spacing"]
+            unreadable.append(Problem(" and ".join(map(str, files)), f"cannot be read: {found[0]}"))
+            say(f"{case}: cannot be read ({number} of {len(cases)})")
+            continue
         predictor.label_map = torch.from_numpy(np.asarray(seg[0], np.int16)) if masks else None
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.asarray(data)))
         with replacing(target) as temporary:
@@ -120,13 +134,25 @@ def predict_folder(
             export_prediction_from_logits(
                 logits, properties, configuration, plans, predictor.dataset_json, truncated, False
             )
+            if (beside := Path(f"{truncated}.json")).is_file():  # TIFF keeps its spacing there
+                os.replace(beside, target.with_name(f"{case}.json"))
         written.append(target)
         say(f"{case}: written ({number} of {len(cases)})")
+    if unreadable:
+        start = (
+            f"{len(unreadable)} of {len(cases)} cases cannot be read; the others are predicted. Mend them and run again"
+        )
+        raise UserError("\n".join([f"{start} with --continue:", *(f"  {problem}" for problem in unreadable)]))
     return written
 
 
-def find_cases(images: Path, ending: str, files_per_case: int) -> dict[str, list[Path]]:
-    """Return each case's files, one per channel (a picture's colours are one file), cases in order of their names.
+def find_cases(images: Path, ending: str, files_per_case: Sequence[int]) -> dict[str, list[Path]]:
+    """Return each case's files, one per channel, cases in order of their names.
+
+    Args:
+        images: the folder.
+        ending: of the files.
+        files_per_case: how many a case may have; colours of a picture are one file, grey pictures one per channel.
 
     Raises:
         UserError: there is none.
@@ -139,14 +165,15 @@ def find_cases(images: Path, ending: str, files_per_case: int) -> dict[str, list
             found.setdefault(match[1], {})[int(match[2])] = path
     if not found:
         raise UserError(f"{images}: no images (<case>_0000{ending}) in it.")
+    complete = [list(range(count)) for count in sorted(set(files_per_case))]
     problems = [
-        Problem(f"{images / case}_*{ending}", f"files {sorted(files)}", f"{list(range(files_per_case))}")
+        Problem(f"{images / case}_*{ending}", f"files {sorted(files)}", " or ".join(map(str, complete)))
         for case, files in found.items()
-        if sorted(files) != list(range(files_per_case))
+        if sorted(files) not in complete
     ]
     if problems:
         raise BadInput("Images do not fit the model", problems)
-    return {case: [files[index] for index in range(files_per_case)] for case, files in sorted(found.items())}
+    return {case: [files[index] for index in sorted(files)] for case, files in sorted(found.items())}
 
 
 def _check_masks(masks: Mapping[str, Path], cases: Mapping[str, list[Path]], description: dict[str, Any]) -> None:

@@ -103,6 +103,19 @@ def test_slices_are_counted_as_numbers_and_gaps_are_closed_with_a_note(
     assert "missing inside 1 volumes (RUNMC_Case00)" in capsys.readouterr().err
 
 
+def test_a_stray_file_is_left_out_and_the_others_keep_their_volumes(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for what in ("image", "mask"):
+        folder = root / "Domain1" / what
+        (folder / "mean.npy").write_bytes((folder / "Case00_3.npy").read_bytes())
+    out = convert(module, root)
+    assert sorted(path.name for path in (out / "labelsTr").iterdir()) == [
+        "RUNMC_Case00.nii.gz", "RUNMC_Case01.nii.gz",
+    ]  # fmt: skip
+    assert "left out: mean.npy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("names", ["{running}", "slice_{running:04d}"])
 def test_names_that_tell_no_volume_are_sorted_out_by_what_the_slices_show(
     tmp_path: Path, names: str, capsys: pytest.CaptureFixture[str]

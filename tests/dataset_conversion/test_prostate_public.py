@@ -125,6 +125,23 @@ def test_the_mask_with_corrected_labels_is_found_and_preferred(root: Path, capsy
     assert "used in place of the mask that it corrects" in capsys.readouterr().err
 
 
+def test_masks_of_the_challenge_s_test_subjects_are_found(root: Path) -> None:
+    folder = root / "nci" / TRAINING
+    (folder / "ProstateDx-01-0002.nrrd").rename(folder.parent / "ProstateDx-01-0002_truth.nrrd")
+    out = convert(root, targets=("BMC",))
+    assert np.array_equal(voxels(out / "labelsTs" / "BMC_ProstateDx-01-0002.nii.gz"), voxels(gland((1, 2))) > 0)
+
+
+def test_linked_downloads_are_entered_once(root: Path, tmp_path: Path) -> None:
+    everything = tmp_path / "everything"
+    everything.mkdir()
+    for name in ("nci", "i2cvb", "promise"):
+        (everything / name).symlink_to(root / name)
+    (root / "promise" / "back").symlink_to(everything)  # a circle
+    out = convert(everything)
+    assert {path.name.split("_")[0] for path in (out / "labelsTs").iterdir()} == {"BMC", "I2CVB", "PROMISE12"}
+
+
 def test_the_subject_whose_mask_has_fewer_slices_than_its_image_is_placed_by_coordinates(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +227,9 @@ def test_what_is_wrong_with_a_site_map_is_listed(
     for part in ("unknown site 'Nowhere'", "case 'first'", "'Case02' has no site", "no site for Case03"):
         assert part in str(report)
     assert len(report.problems) == 4
+    twice = tmp_path / "sites.csv"
+    twice.write_text("case,site\nCase00,UCL\n0,HK\n1,HK\n2,HK\n3,HK\n")
+    assert "line 3: Case00 is listed twice, first at" in str(refused(root, site_map=twice))
     assert "there is no Case44" in capsys.readouterr().err
     with pytest.raises(UserError, match="name its folder with --promise12"):
         convert(root, site_map=sites, nci_isbi=root / "nci")

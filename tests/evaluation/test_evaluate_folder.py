@@ -216,15 +216,19 @@ def test_canvases_are_made_per_site(nnunet_folders: Path):
     assert result.table[result.table["site"] == "B"]["value"].item() == pytest.approx(0.6, abs=1e-3)
 
 
-def test_canvases_have_the_end_slices_of_a_dataset_that_was_converted_without_the_scans_ends(nnunet_folders: Path):
+@pytest.mark.parametrize("reason", ["ends_left_out", "drop_empty_slices"])
+def test_canvases_have_the_end_slices_of_a_dataset_that_was_converted_without_the_scans_ends(
+    nnunet_folders: Path, reason: str
+):
     predictions = make(nnunet_folders)
     raw = nnunet_folders / "nnUNet_raw/Dataset501_Bars"
     for path in [*(raw / "labelsTs").glob("*.nii.gz"), *predictions.glob("*.nii.gz")]:
         write(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[1:5], path)  # organ on every slice
     result = evaluate(Dataset.load(501), predictions, protocol="samsdg", jobs=1)
     assert result.table.groupby("site")["value"].count().to_dict() == {"A": 1, "C": 1}  # two slices of each case
+    assert any(note.startswith("B: 2 slices with ") and "no canvas" in note for note in result.notes)
     content = json.loads((raw / "dataset.json").read_text())
-    content["dgplugins"]["protocol"] = {"ends_left_out": True}
+    content["dgplugins"]["protocol"] = {reason: True}
     (raw / "dataset.json").write_text(json.dumps(content))
     result = evaluate(Dataset.load(501), predictions, protocol="samsdg", jobs=1)
     assert result.table.groupby("site")["value"].count().to_dict() == {"A": 2, "B": 1, "C": 3}

@@ -98,6 +98,7 @@ def test_samsdg_drops_an_incomplete_last_canvas():
 def test_samsdg_takes_an_image_as_one_slice():
     image = np.ones((10, 14), np.uint8)
     assert slice_counts(image, image, ORGAN)["organ"] == [(512 * 512, 2 * 512 * 512)]
+    assert slice_counts(image[None], image[None], ORGAN)["organ"] == [(512 * 512, 2 * 512 * 512)]
 
 
 def test_both_protocols_leave_ignored_voxels_out():

@@ -11,12 +11,14 @@ import SimpleITK as sitk
 import torch
 from click.testing import CliRunner
 from conftest import World
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from samsdg_worlds import COARSE, SAM, step_one
 from tiny_dataset import Recipe, case_arrays, write_image
 
 from nnunet_dgplugins.cli.main import cli
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.sam.frozen import FrozenEncoder
+from nnunet_dgplugins.trainers import grouped_prediction
 from nnunet_dgplugins.trainers.grouped_prediction import FourSlices, find_cases, predict_folder
 
 
@@ -115,6 +117,46 @@ def test_folds_are_averaged(trained: World):
         assert np.mean(array(image)[agreed] == array(one[name])[agreed]) > 0.99
 
 
+def test_a_fold_that_finds_nothing_is_one_vote_of_three(trained: World):
+    four = FourSlices(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    four.initialize_from_trained_model_folder(str(trained.model(SAM)), (0,), "checkpoint_final.pth")
+    sure, nothing = torch.full((6, 1, 8, 8), 10.0), torch.full((6, 1, 8, 8), -50.0)
+    answers = [sure, nothing, sure]
+    four.list_of_parameters = four.list_of_parameters * len(answers)
+    four.network.segment_four = lambda slices, boxes: (answers.pop(), None)
+    image = torch.rand(1, 6, 8, 8)
+    assert (four.predict_logits_from_preprocessed_data(image) > 0).all()
+
+
+def test_images_that_cannot_be_read_are_listed_when_the_others_are_predicted(trained: World):
+    folder = trained.root / "damaged"
+    folder.mkdir()
+    for name in ("case_4", "case_5", "case_6"):
+        (folder / f"{name}_0000.nii.gz").write_bytes((trained.raw / "imagesTs" / "case_6_0000.nii.gz").read_bytes())
+    for name in ("case_4", "case_5"):
+        with (folder / f"{name}_0000.nii.gz").open("r+b") as file:
+            file.truncate(100)
+    with pytest.raises(UserError, match=r"(?s)2 of 3 cases.*--continue:.*case_4_0000.*case_5_0000"):
+        predict_folder(trained.model(SAM), folder, trained.root / "out", device="cpu")
+    assert [path.name for path in (trained.root / "out").glob("*.nii.gz")] == ["case_6.nii.gz"]
+
+
+def test_the_file_that_a_writer_puts_beside_a_mask_gets_the_case_s_name(
+    trained: World, monkeypatch: pytest.MonkeyPatch
+):
+    """As nnU-Net's reader of TIFF does with the spacing."""
+
+    def write_both(*arguments: Any) -> None:
+        export_prediction_from_logits(*arguments)
+        Path(f"{arguments[5]}.json").write_text("{}")
+
+    monkeypatch.setattr(grouped_prediction, "export_prediction_from_logits", write_both)
+    predict_folder(trained.model(SAM), trained.raw / "imagesTs", trained.root / "out", device="cpu")
+    names = {path.name for path in (trained.root / "out").iterdir()}
+    masks = {"case_5.nii.gz", "case_6.nii.gz", "case_5.json", "case_6.json"}
+    assert names == {*masks, "dataset.json", "plans.json"}
+
+
 def test_true_boxes_can_prompt_for_an_upper_bound_and_close_what_has_none(trained: World):
     masks, empty = trained.root / "masks", trained.root / "empty"
     for folder in (masks, empty):
@@ -202,8 +244,12 @@ def test_a_missing_model_fold_or_image_is_one_clear_error(trained: World, tmp_pa
         predict_folder(model, tmp_path / "empty", tmp_path / "out", device="cpu")
     for name in ("a_0000", "a_0001", "b_0001", "c_0000"):
         (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "pictures").mkdir()
+    for name in ("colours_0000", "grey_0000", "grey_0001"):
+        (tmp_path / "pictures" / f"{name}.png").touch()
     with pytest.raises(BadInput, match=r"(?s)2 problems.*b_\*.*files \[1\]; expected \[0, 1\].*c_\*"):
-        find_cases(tmp_path, ".nii.gz", 2)
+        find_cases(tmp_path, ".nii.gz", [2])
+    assert list(find_cases(tmp_path / "pictures", ".png", (1, 2))) == ["colours", "grey"]
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(cli, ["predict", "-d", str(trained.number), "-i", str(images), "-o", "x", "-p", "Other"])
     assert "no such model. Train it" in str(done.exception)
