@@ -22,9 +22,8 @@ from nnunet_dgplugins.registry import GROUPS_SLICES
 @click.option(
     "-tr", "trainer", default=GROUPS_SLICES, show_default=True, callback=known_trainer, help="Trainer of the model."
 )
-@click.option(
-    "-f", "folds", multiple=True, default=("0",), show_default=True, help="Fold, or all; repeat to average several."
-)
+@click.option("-f", "folds", multiple=True, help="Fold, or all; several are averaged (-f 0 1 2). Default: 0.")
+@click.argument("more_folds", nargs=-1, metavar="")  # the others of -f 0 1 2, as nnU-Net's commands take them
 @click.option("-chk", "checkpoint", default="checkpoint_final.pth", show_default=True, help="Checkpoint of each fold.")
 @click.option("--continue", "again", is_flag=True, help="Leave out cases that are in the output folder already.")
 @click.option(
@@ -41,6 +40,7 @@ def command(
     plans: str,
     trainer: str,
     folds: tuple[str, ...],
+    more_folds: tuple[str, ...],
     checkpoint: str,
     again: bool,
     masks: Path | None,
@@ -58,6 +58,9 @@ def command(
         raise UserError(
             f"{trainer} shows its network one slice or patch at a time, which nnUNetv2_predict does: use that."
         )
+    if more_folds and not folds:
+        raise click.UsageError(f"Got unexpected extra argument ({more_folds[0]})")
+    folds = (*folds, *more_folds) or ("0",)
     if wrong := [fold for fold in folds if not (fold.isdigit() or fold == "all")]:
         raise click.BadParameter(f"'{wrong[0]}' is neither a number nor all", param_hint="-f")
     model = nnunet_folder(RESULTS) / dataset_name(dataset) / f"{trainer}__{plans}__{configuration}"

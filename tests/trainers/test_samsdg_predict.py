@@ -110,7 +110,7 @@ def test_padding_and_another_spacing_and_orientation_come_back_to_the_input(trai
 def test_folds_are_averaged(trained: World):
     step_one(trained, 1)
     trained.train(SAM, 1)
-    both = predicted(trained, "both", None, "-f", "0", "-f", "1")
+    both = predicted(trained, "both", None, "-f", "0", "1")
     one, other = predicted(trained, "0"), predicted(trained, "1", None, "-f", "1")
     for name, image in both.items():
         agreed = array(one[name]) == array(other[name])
@@ -253,3 +253,7 @@ def test_a_missing_model_fold_or_image_is_one_clear_error(trained: World, tmp_pa
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(cli, ["predict", "-d", str(trained.number), "-i", str(images), "-o", "x", "-p", "Other"])
     assert "no such model. Train it" in str(done.exception)
+    for wrong in (["x", "1"], ["x", "-f", "0", "one"]):
+        done = CliRunner().invoke(cli, ["predict", "-d", str(trained.number), "-i", str(images), "-o", *wrong])
+        assert done.exit_code == 2
+        assert wrong[-1] in done.output
