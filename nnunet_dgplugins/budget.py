@@ -385,6 +385,10 @@ def command(
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         keep_freed_memory()
+    elif device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
+        if minutes:  # compiling, anew after each stop, would be paid from the minutes of stock trainers alone
+            os.environ.setdefault("nnUNet_compile", "f")
     if fold != "all" and not fold.isdigit():
         raise click.BadParameter("a number, or all", param_hint="FOLD")
     number = fold if fold == "all" else int(fold)

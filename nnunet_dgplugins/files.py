@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{target.name}")
     try:
         yield temporary
-        with open(temporary, "rb") as handle:
+        with open(temporary, "r+b") as handle:  # Windows syncs only what may be written
             os.fsync(handle.fileno())
         os.replace(temporary, target)
     finally:

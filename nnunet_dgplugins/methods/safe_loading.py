@@ -126,9 +126,13 @@ def _load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def numpy_scalars() -> list[Any]:
     """Return what safe mode has to know to read NumPy's numbers, which scripts log beside their weights."""
-    # the function that rebuilds a scalar is wherever this NumPy keeps it
     rebuild = np.float64(0).__reduce__()[0]
-    return [rebuild, np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}]
+    places = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # of NumPy 1 and of NumPy 2
+    return [
+        *((rebuild, place) for place in places),
+        np.dtype,
+        *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
+    ]
 
 
 def _bare(name: str) -> str:

@@ -34,7 +34,7 @@ class TrainingSettings:
     seed: int = setting(
         0, "Drives initialisation, sampling, prompts and augmentation; same seed, same weights on one CPU.", minimum=0
     )
-    amp: bool = setting(True, "Mixed precision on CUDA.")
+    amp: bool = setting(True, "Mixed precision of training steps on CUDA; nnU-Net's own prediction always has it.")
     cpu_bfloat16: bool = setting(False, "bfloat16 autocast on CPU: 1.7-2x faster where the processor has it.")
     keep_freed_memory: bool = setting(
         True, "On glibc, keep freed memory in the process instead of giving it back at every step (CPU speed)."

@@ -24,6 +24,7 @@ from nnunet_dgplugins.trainers import loggers
 from nnunet_dgplugins.trainers.checkpoints import read_checkpoint
 
 _LATEST, _BEST, _FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
+_EARLIER = "earlier_"  # before the names of checkpoints that a training begun anew finds in its folder
 
 
 class DGTrainer(nnUNetTrainer):
@@ -51,7 +52,7 @@ class DGTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature, compared by name
     ):
         self._refuse(plans, configuration, dataset_json)
-        folder = _model_folder(type(self).__name__, plans, configuration)
+        folder = model_folder(type(self).__name__, plans, configuration)
         resolved = self._resolve_settings(plans, configuration, folder, dataset_json)
         folds.check_fold(plans["dataset_name"], fold)
         loggers.asked()
@@ -188,7 +189,20 @@ class DGTrainer(nnUNetTrainer):
         for half_written in Path(self.output_folder).glob(".tmp-*"):  # by a process that was killed while saving
             half_written.unlink(missing_ok=True)
         super().on_train_start()
+        self._put_aside_an_earlier_training()
         loggers.attach(self, settings.to_dict(self.settings))
+
+    def _put_aside_an_earlier_training(self) -> None:
+        """Rename the checkpoints of a training that this one replaces, lest ``--c`` takes them for its own."""
+        if self.current_epoch or self.disable_checkpointing:
+            return
+        earlier = [path for name in (_LATEST, _BEST, _FINAL) if (path := Path(self.output_folder, name)).is_file()]
+        for path in earlier:
+            os.replace(path, path.with_name(f"{_EARLIER}{path.name}"))
+        if earlier:
+            self.print_to_log_file(
+                f"This training starts anew (no --c); checkpoints of the one before are kept as {_EARLIER}checkpoint_*."
+            )
 
     def on_train_end(self) -> None:
         """Write the final checkpoint and stop the loaders of ours."""
@@ -352,7 +366,8 @@ def flattened(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return {**(flattened(plans, parent) if parent else {}), **content}
 
 
-def _model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path | None:
+def model_folder(trainer: str, plans: dict[str, Any], configuration: str) -> Path | None:
+    """Return where nnU-Net keeps a trainer's folds, None while ``nnUNet_results`` is not set."""
     results = os.environ.get(RESULTS)
     if not results:
         return None

@@ -167,6 +167,8 @@ class EPLTrainer(DGTrainer):
         super()._set_batch_size_and_oversample()
         self.batch_size = self.settings.batch_size or self.batch_size
         self.unlabelled_batch_size = self.settings.unlabelled_batch_size or self.batch_size
+        if self.batch_size == 1:  # nnU-Net's share of patches with foreground rounds to none of one
+            self.probabilistic_oversampling = True
         smallest = min(self.batch_size, self.unlabelled_batch_size)
         if self.settings.network == "deeplabv3plus" and smallest < 2:
             raise UserError(

@@ -36,7 +36,7 @@ from nnunet_dgplugins.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 from nnunet_dgplugins.sam.slices import SliceSet, masks
 from nnunet_dgplugins.sam.weights import load_parts
 from nnunet_dgplugins.settings import SAMSDGCoarseSettings, SAMSDGSettings
-from nnunet_dgplugins.trainers.base import settings_beside_model
+from nnunet_dgplugins.trainers.base import model_folder, settings_beside_model
 from nnunet_dgplugins.trainers.earlier_stage import Finished, refuse_other_build
 from nnunet_dgplugins.trainers.samsdg_canvases import (
     CanvasBatches,
@@ -85,6 +85,13 @@ class SAMSDGTrainer(SliceMaskTrainer):
             )
         found: SAMSDGSettings = super().complete_settings(replace(resolved, sam=name), trained, dataset_json)
         return found
+
+    @classmethod
+    def require_inputs(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Refuse to begin before step 1 has finished this fold; what has begun carries step 1's network itself."""
+        folder = model_folder(cls.__name__, plans, configuration)
+        if folder is None or not any((folder / f"fold_{fold}").glob("checkpoint_*.pth")):
+            STEP_ONE.checkpoint(cls.__name__, plans, configuration, fold)
 
     @property
     def encoder(self) -> FrozenEncoder:

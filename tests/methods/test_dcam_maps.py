@@ -156,8 +156,9 @@ def test_real_stained_patches_have_the_published_masks_also_in_single_precision(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_makes_the_masks_of_the_cpu():
+def test_cuda_makes_the_masks_of_the_cpu(monkeypatch: pytest.MonkeyPatch):
     tower, images = network(), pictures()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     expected = masks.pseudo_masks(tower, images, TAGS, white=True)
     for layer, found in masks.pseudo_masks(tower.cuda(), images, TAGS, white=True).items():
         assert found.device.type == "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,19 @@ def test_numbers_that_a_script_logged_beside_its_weights_do_no_harm(tmp_path):
     content = {"epoch": 46, "best_pred": np.float64(0.76), "state_dict": thin().state_dict()}
     torch.save(content, tmp_path / "deeplab-resnet.pth.tar")
     assert read_state_dict(tmp_path / "deeplab-resnet.pth.tar").keys() == thin().state_dict().keys()
+
+
+@pytest.mark.parametrize("place", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numbers_of_numpy_1_and_of_numpy_2_are_read(tmp_path, place):
+    plain, rewritten = tmp_path / "plain.pth", tmp_path / "rewritten.pth"
+    torch.save({"best_pred": np.float64(0.76), "state_dict": thin().state_dict()}, plain)
+    own = np.float64(0).__reduce__()[0].__module__.encode()
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(rewritten, "w") as new:
+        assert sum(own in old.read(name) for name in old.namelist()) == 1
+        for name in old.namelist():
+            # protocol 2 writes a module's name between "c" and a line feed
+            new.writestr(name, old.read(name).replace(b"c" + own + b"\n", b"c" + place + b"\n"))
+    assert read_state_dict(rewritten).keys() == thin().state_dict().keys()
 
 
 def test_files_that_cannot_be_read_safely_are_refused(tmp_path):

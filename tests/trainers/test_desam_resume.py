@@ -86,6 +86,18 @@ def test_a_training_goes_on_with_its_own_encoder_when_the_package_ships_another(
     assert not torch.equal(uninterrupted["network_weights"][name], checkpoint(world)["network_weights"][name])
 
 
+def test_a_training_begun_anew_is_continued_and_not_the_finished_one_before(world: World):
+    world.train()
+    fold = world.model() / "fold_0"
+    content = (fold / "checkpoint_final.pth").read_bytes()
+    world.construct().on_train_start()  # and killed in its first epoch
+    assert not list(fold.glob("checkpoint_*.pth"))
+    assert (fold / "earlier_checkpoint_final.pth").read_bytes() == content
+    resume(world)
+    assert (fold / "checkpoint_final.pth").is_file()
+    assert (fold / "earlier_checkpoint_final.pth").read_bytes() == content
+
+
 def test_without_any_readable_checkpoint_the_error_names_them(world: World):
     world.settings(epochs=2)
     stop_after(world, 1)

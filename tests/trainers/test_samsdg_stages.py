@@ -26,6 +26,7 @@ def coarse_hash(world: World, fold: int = 0) -> str:
 def test_a_missing_step_1_is_one_error_with_the_command(world: World):
     with pytest.raises(UserError, match=rf"step 1 is missing.*Run: nnUNetv2_train {world.number} 2d 1 -tr {COARSE}$"):
         world.construct(SAM, fold=1)
+    assert not (world.model(SAM) / "fold_1").exists()
 
 
 def test_an_unfinished_step_1_is_to_be_continued(world: World):
