@@ -40,6 +40,7 @@ FACTS = Facts(
 )
 SITE = re.compile(r"BraTS\d\d_(?P<site>2013|CBICA|TCIA\d+|TMC)_.+", re.IGNORECASE)
 FILE = re.compile(r".*_(?P<suffix>t1ce|t1c|t1|t2|flair|seg)", re.IGNORECASE)
+REPEATED = re.compile(r"(?P<patient>brats_(tcia|2013)_pat\d+)_\d+", re.IGNORECASE)  # names of BraTS 2015
 GRADES = ("HGG", "LGG")
 INNER = re.compile(r".*brats.*|train(ing)?", re.IGNORECASE)
 
@@ -74,7 +75,15 @@ def list_cases(root: Path, request: Request, listing: Listing) -> None:
                 continue
             images = tuple(files[channel] for channel in channels)
             original = path.relative_to(root).as_posix()
-            listing.cases.append(SourceCase(name, images, files[MASK], site, path.name, original, stratum=grade))
+            listing.cases.append(
+                SourceCase(name, images, files[MASK], site, _patient(path.name), original, stratum=grade)
+            )
+
+
+def _patient(folder: str) -> str:
+    """Return the patient; BraTS 2015 has several scans of some, numbered at the end of the folder's name."""
+    match = REPEATED.fullmatch(folder)
+    return match["patient"] if match else folder
 
 
 class _Unusable(Exception):

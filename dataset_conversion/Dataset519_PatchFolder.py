@@ -34,6 +34,7 @@ from dataset_conversion._patches import (
     PatchSet,
     case_name,
     some,
+    told_apart,
 )
 from dataset_conversion._tag_table import BACKGROUND, Row, check_classes, make_code, read_code, read_tags
 from nnunet_dgplugins.data.case_table import Case, CaseTable
@@ -144,8 +145,11 @@ def collect(request: FolderRequest) -> PatchSet:
     )  # fmt: skip
     code = make_code(classes, values, colours)
     masks = _masks(request, rows)
-    for row in rows:
-        _add(found, request, row, code, masks.get(row.file))
+    bare = {row.file: case_name(row.site, Path(row.file).stem) for row in rows}
+    count = Counter(bare.values())
+    for row in rows:  # names do not depend on which files are there: --exclude leaves out the patch that it names
+        name = bare[row.file] if count[bare[row.file]] == 1 else told_apart(bare[row.file], row.file)
+        _add(found, request, row, name, code, masks.get(row.file))
     listed = {request.root / row.file for row in rows}
     others = [path for path in sorted(request.root.glob("*")) if path.suffix.casefold() in PICTURES]
     unlisted = [path.name for path in others if path not in listed]
@@ -164,10 +168,9 @@ def collect(request: FolderRequest) -> PatchSet:
     return found
 
 
-def _add(found: PatchSet, request: FolderRequest, row: Row, code: Code, mask: Path | None) -> None:
+def _add(found: PatchSet, request: FolderRequest, row: Row, name: str, code: Code, mask: Path | None) -> None:
     """Add the patch of a row; of a site that is no source it is a test case, or left out."""
     path = request.root / row.file
-    name = case_name(row.site, Path(row.file).stem)
     wrong = [] if path.is_file() else [f"{path}: no such file"]
     outside = Path(row.file).is_absolute() or ".." in Path(row.file).parts
     wrong += [f"{row.file}: not below {request.root}"] if outside else []

@@ -92,7 +92,7 @@ def _prepare(
     for warning in listing.warnings:
         click.echo(f"Note: {warning}", err=True)
     paths = {path for case in plan.cases for path in case.files}
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(path.stat().st_size for path in paths if path.is_file())
     click.echo(f"Checking {len(plan.cases)} cases, {len(paths)} files, {human_bytes(size)}.")
     chosen = {*plan.sources, *plan.targets}
     problems = [

@@ -299,8 +299,8 @@ def entries(folder: Path) -> list[Path]:
 
 
 def is_volume(path: Path) -> bool:
-    """Return whether the name is that of a NIfTI file, in lower or upper case."""
-    return VOLUME.search(path.name) is not None and path.is_file()
+    """Return whether the name is that of a NIfTI file, in lower or upper case; a link may lead nowhere."""
+    return VOLUME.search(path.name) is not None and (path.is_file() or path.is_symlink())
 
 
 def stem(path: Path) -> str:

@@ -95,7 +95,7 @@ def convert_patches(found: PatchSet, request: PatchRequest) -> Path:
         click.echo(f"Note: {note}", err=True)
     recipe = _recipe(found, request)
     files = [path for patch in found.patches for path in patch.files]
-    size = sum(path.stat().st_size for path in files)
+    size = sum(path.stat().st_size for path in files if path.is_file())
     click.echo(f"Checking {len(found.patches)} patches, {len(files)} files, {human_bytes(size)}.")
     from dataset_conversion._pictures import check_patch, write_patch
 
@@ -138,6 +138,12 @@ def _recipe(found: PatchSet, request: PatchRequest) -> Recipe:
 def _problems(work: _Work, raw: Path) -> list[Problem]:
     problems = [trouble.problem for trouble in work.found.troubles]
     problems += [problem for report in work.reports for problem in report.problems]
+    labels = [report.pixels for patch, report in zip(work.patches, work.reports, strict=True) if patch.mask is not None]
+    if labels and not problems and not any(found.get(label) for found in labels for label in _classes(work)):
+        fix = "Say with --classes-file which value is which class, or look at the masks."
+        problems.append(
+            Problem(str(work.request.root), f"no mask of {len(labels)} shows a pixel of any class", fix=fix)
+        )
     for part in (TRAIN, VAL):
         if not work.fold()[part] and not problems:
             where, fix = str(work.request.root), "See docs/data.md for the expected tree."
@@ -147,6 +153,10 @@ def _problems(work: _Work, raw: Path) -> list[Problem]:
     except UserError as error:
         problems.append(Problem(str(raw), str(error)))
     return problems
+
+
+def _classes(work: _Work) -> range:
+    return range(1, len(work.found.classes) + 1)
 
 
 def _notes(work: _Work) -> list[str]:

@@ -58,20 +58,35 @@ def _parts(root: Path, facts: PatchFacts, needed: Sequence[str]) -> tuple[Path, 
     """Return the set's folder, ``root`` or one in it, and the folder of each part that is there."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder.")
+    trees = {}
     for tree in [root, *(path for path in entries(root) if path.is_dir())]:
         there = {path.name.casefold(): path for path in entries(tree) if path.is_dir()}
         lists = {part: [there[name] for name in names if name in there] for part, names in facts.folders.items()}
-        if not any(lists.values()):
-            continue
-        for part, paths in lists.items():
-            if len(paths) > 1:
-                names = " and ".join(path.name for path in paths)
-                raise UserError(f"{tree}: {names}: which one holds the {part} patches? Remove the other.")
-            if part in needed and not paths:
-                raise UserError(f"{tree}: no folder {' or '.join(facts.folders[part])}; {facts.command} needs it.")
-        return tree, {part: paths[0] for part, paths in lists.items() if paths}
-    wanted = ", ".join(" or ".join(names) for names in facts.folders.values())
-    raise UserError(f"{root}: none of the folders {wanted} is there. Name the folder of {facts.command} that has them.")
+        if any(lists.values()):
+            trees[tree] = lists
+        if root in trees:
+            break
+    if not trees:
+        wanted = ", ".join(" or ".join(names) for names in facts.folders.values())
+        raise UserError(
+            f"{root}: none of the folders {wanted} is there. Name the folder of {facts.command} that has them."
+        )
+    named = [tree for tree in trees if _letters(tree.name) == _letters(facts.name)] if len(trees) > 1 else [*trees]
+    if len(named) != 1:
+        names = ", ".join(tree.name for tree in trees)
+        raise UserError(f"{root}: several sets: {names}. Name the folder of {facts.command}.")
+    tree = named[0]
+    for part, paths in trees[tree].items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise UserError(f"{tree}: {names}: which one holds the {part} patches? Remove the other.")
+        if part in needed and not paths:
+            raise UserError(f"{tree}: no folder {' or '.join(facts.folders[part])}; {facts.command} needs it.")
+    return tree, {part: paths[0] for part, paths in trees[tree].items() if paths}
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).casefold()
 
 
 def _add_training(found: PatchSet, tree: Path, folder: Path, facts: PatchFacts, masks: Path | None) -> None:
@@ -81,6 +96,11 @@ def _add_training(found: PatchSet, tree: Path, folder: Path, facts: PatchFacts, 
     paths = _by_name(pictures(folder, found), found, facts)
     if not paths:
         found.troubles.append(Trouble(Problem(str(folder), "no PNG file in it")))
+    elif not any(map(facts.patient.match, paths)):  # another set's flags would be taken for this one's
+        first = next(iter(paths.values())).name
+        fix = "Is it another set? For patches of your own names there is patch-folder."
+        problem = Problem(str(folder), f"no file is called as {facts.name}'s are, such as {first}", fix=fix)
+        found.troubles.append(Trouble(problem))
     for bare, path in paths.items():
         name, (_, flags) = case_name(facts.site, bare), split_name(path.stem, len(facts.tissues))
         expected = f"{len(facts.tissues)} of 0 and 1 in the last square brackets"
@@ -142,7 +162,7 @@ def pictures(folder: Path, found: PatchSet, endings: Sequence[str] = (".png",)) 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder.")
     paths = entries(folder)
-    good = [path for path in paths if path.suffix.casefold() in endings and path.is_file()]
+    good = [path for path in paths if path.suffix.casefold() in endings and (path.is_file() or path.is_symlink())]
     others = [path.name for path in paths if path.suffix.casefold() not in endings]
     if others:
         found.notes.append(f"{folder}: no {' or '.join(endings)} files, left out: {some(others)}")

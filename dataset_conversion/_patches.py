@@ -224,9 +224,7 @@ class PatchSet:
         counts = Counter(patch.name for patch in self.patches)
         # names that differ in signs only, or in the folder: the path tells them apart, whatever else is there
         self.patches = [
-            replace(patch, name=f"{patch.name}-{zlib.crc32(patch.original.encode()):08x}")
-            if counts[patch.name] > 1
-            else patch
+            replace(patch, name=told_apart(patch.name, patch.original)) if counts[patch.name] > 1 else patch
             for patch in self.patches
         ]
         known = {patch.name for patch in self.patches} | {trouble.case for trouble in self.troubles if trouble.case}
@@ -239,6 +237,11 @@ class PatchSet:
         self.patches = [p for p in self.patches if p.name not in out and people.get(p.name) not in out]
         self.troubles = [trouble for trouble in self.troubles if trouble.case not in out]
         self.patches.sort(key=lambda patch: patch.name)
+
+
+def told_apart(name: str, original: str) -> str:
+    """Return an id for one of several patches of the same name."""
+    return f"{name}-{zlib.crc32(original.encode()):08x}"
 
 
 def some(names: Sequence[str], count: int = 5) -> str:

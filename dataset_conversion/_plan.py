@@ -88,6 +88,7 @@ class Plan:
             few |= {"supervision": request.supervision, "modalities": list(self.facts.channel_names.values())}
             few["min_pixels"] = request.min_pixels if self.weak else None
             few["label_code"] = request.label_code or None
+            few["label"] = None if request.label_name == Request.label_name else request.label_name
         images = [case.images[0] for case in self.cases]
         bare = any(isinstance(image, Stack) and not image.has_spacing for image in images)
         few["spacing"] = "unknown, 1 mm written" if bare else None

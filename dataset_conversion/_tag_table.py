@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Row:
     """One patch of the table.
 
     Args:
-        file: path as written, relative to the root.
+        file: path relative to the root, without ``.`` and doubled slashes.
         tags: names of the classes that occur.
         patient: None where the table does not say.
         site: likewise.
@@ -79,7 +80,8 @@ def read_tags(path: Path) -> Tags:
     problems += table.unclear if lines else []
     for number, line in lines:
         where = f"{path}, line {number}"
-        name, part = line.get(FILE, ""), line.get(PART, "").casefold() or None
+        # two spellings of one path are one patch
+        name, part = line.get(FILE, "") and posixpath.normpath(line[FILE]), line.get(PART, "").casefold() or None
         if not name:
             problems.append(Problem(where, "no file"))
             continue

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,14 @@ def take(source: Path, target: Path, link: bool) -> None:
         shutil.copyfile(source, temporary)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON.
+def read_json(path: str | os.PathLike[str], as_object: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """Read JSON; its objects are made of their pairs by ``as_object``.
 
     Raises:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=as_object)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -51,7 +51,7 @@ def read_site_list(path: Path, case_columns: Sequence[str] = ("case",)) -> tuple
     """
     problems: list[Problem] = []
     if path.suffix.lower() == ".json":
-        rows = list(_from_json(read_json(path), path, problems))
+        rows = list(_from_json(read_json(path, as_object=_Pairs), path, problems))
     else:
         rows = list(_from_csv(path, case_columns, problems))
     first: dict[str, Row] = {}
@@ -66,10 +66,20 @@ def read_site_list(path: Path, case_columns: Sequence[str] = ("case",)) -> tuple
     return list(first.values()), problems
 
 
+class _Pairs(dict[str, Any]):
+    """An object of JSON that knows which of its keys were there twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.twice = sorted({name for name in names if names.count(name) > 1}) if len(self) < len(names) else []
+
+
 def _from_json(content: Any, path: Path, problems: list[Problem]) -> Iterable[Row]:
-    if not isinstance(content, dict):
+    if not isinstance(content, _Pairs):
         problems.append(Problem(str(path), f"a {type(content).__name__}", "an object from case to site"))
         return
+    problems += [Problem(str(path), f"case '{case}' is listed twice") for case in content.twice]
     for case, value in content.items():
         entry = {"site": value} if isinstance(value, str) else value
         where = f"{path}, case {case}"

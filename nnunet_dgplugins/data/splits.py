@@ -97,14 +97,20 @@ def leave_one_site_out(table: CaseTable, names: Sequence[str], k: int = 5, seed:
 def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9) -> list[Split]:
     """Return DeSAM's published split: the first ``int(fraction * n)`` cases train, the rest validate; one fold.
 
+    A patient whose cases would be parted trains with all of them.
+
     Raises:
         UserError: one side would be empty.
     """
-    labelled = [case for cases in _patients(table, names).values() for case in cases]
-    count = int(fraction * len(labelled))
-    if not 0 < count < len(labelled):
-        raise UserError(f"{len(labelled)} cases are too few for a split of {fraction:g} to {1 - fraction:.2g}.")
-    return [{"train": labelled[:count], "val": labelled[count:]}]
+    patients = list(_patients(table, names).values())
+    total = sum(map(len, patients))
+    train: list[str] = []
+    val: list[str] = []
+    for cases in patients:
+        (train if len(train) < int(fraction * total) else val).extend(cases)
+    if not train or not val:
+        raise UserError(f"{total} cases are too few for a split of {fraction:g} to {1 - fraction:.2g}.")
+    return [{"train": train, "val": val}]
 
 
 def check(

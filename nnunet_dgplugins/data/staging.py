@@ -11,12 +11,13 @@ from typing import Any
 import click
 
 from nnunet_dgplugins.data.case_table import KEY
+from nnunet_dgplugins.data.splits import SPLITS
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import PREPROCESSED, RAW, RESULTS, read_json, write_json
 
 STAMP = "dgplugins_conversion.json"
 FORMAT = 1  # raised when the same input would be written differently
-_EDITABLE = (STAMP, "dataset.json", "splits_final.json")  # `annotate` and `splits` may change these afterwards
+_EDITABLE = (STAMP, "dataset.json", SPLITS)  # `annotate` and `splits` may change these afterwards
 
 
 def refuse_other_names(name: str, option: str = "--id") -> None:
@@ -45,16 +46,18 @@ def is_done(final: Path, digest: str) -> bool:
     stamp = _stamp(final)
     if stamp.get("input") != digest or not (final / "dataset.json").is_file():
         return False
+    if stamp.get("folds") and not (final / SPLITS).is_file():  # nnU-Net would draw others, by case
+        return False
     return all(_size(final / name) == size for name, size in stamp["files"].items())
 
 
-def refuse_other_content(final: Path, digest: str, overwrite: bool, described: str | None = None) -> None:
+def refuse_other_content(final: Path, digest: str, overwrite: bool | None, described: str | None = None) -> None:
     """Refuse to mix with, or silently replace, a dataset of the same name that was made from something else.
 
     Args:
         final: the dataset's folder.
         digest: hash of everything that is written.
-        overwrite: replace it.
+        overwrite: replace it; None: the command has no such option.
         described: hash that dataset.json carries, where it is another one.
 
     Raises:
@@ -65,9 +68,8 @@ def refuse_other_content(final: Path, digest: str, overwrite: bool, described: s
         if not stamp:
             raise UserError(f"{final} was not made by this command and is left alone. Choose another id.")
         if stamp["input"] != digest and not overwrite:
-            raise UserError(
-                f"{final} was made from other input or options. Replace it with --overwrite, or choose another id."
-            )
+            remedy = "Remove it" if overwrite is None else "Replace it with --overwrite"
+            raise UserError(f"{final} was made from other input or options. {remedy}, or choose another id.")
     for variable in (PREPROCESSED, RESULTS):
         root = os.environ.get(variable)
         other = Path(root or "") / final.name
@@ -77,8 +79,9 @@ def refuse_other_content(final: Path, digest: str, overwrite: bool, described: s
         if all(value in (digest, described) for value in known):
             continue
         if not overwrite:
+            remedy = "or choose another id" if overwrite is None else "choose another id, or say --overwrite"
             raise UserError(
-                f"{other} belongs to other content of the same name. Remove it, choose another id, or say --overwrite "
+                f"{other} belongs to other content of the same name. Remove it, {remedy} "
                 "(and run nnUNetv2_plan_and_preprocess and the training again)."
             )
         click.echo(f"Note: {other} was made from other content and is out of date now.", err=True)
@@ -115,7 +118,8 @@ def finish(folder: Path, final: Path, digest: str) -> None:
     """Write the stamp and give the folder its name."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     sizes = {name: _size(folder / name) for name in names if name not in _EDITABLE}
-    write_json(folder / STAMP, {"format": FORMAT, "input": digest, "files": sizes})
+    folds = (folder / SPLITS).is_file()
+    write_json(folder / STAMP, {"format": FORMAT, "input": digest, "files": sizes, "folds": folds})
     old = final.with_name(f".dgplugins-old-{final.name}")
     if old.exists():
         shutil.rmtree(old)

@@ -64,6 +64,36 @@ def test_every_case_gets_its_site_and_patient(nnunet_folders: Path) -> None:
     assert "dgplugins" not in json.loads((folder / "dataset.json.bak").read_text())
 
 
+def test_patients_are_kept_where_a_new_list_names_none(
+    nnunet_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw_dataset(nnunet_folders)
+    assert run("annotate", "321", "--sites", write(nnunet_folders / "s.csv", GOOD), "--source", "A") == 0
+    renamed = "case,site\na1,Siemens\na2,Siemens\nb1,B\nb2,B\nc1,C\n"
+    sites = write(nnunet_folders / "t.csv", renamed)
+    assert run("annotate", "321", "--sites", sites) == 1
+    assert "the table's source A is no site of the list" in capsys.readouterr().err
+    assert run("annotate", "321", "--sites", sites, "--source", "Siemens") == 0
+    assert "Patients of 4 cases are those of the table before" in capsys.readouterr().out
+    table = RawDataset.open(321).table
+    assert table is not None
+    assert (table.cases["a2"].site, table.cases["a2"].patient, table.source) == ("Siemens", "p2", "Siemens")
+
+
+def test_a_site_in_two_spellings_and_a_case_listed_twice_are_refused(
+    nnunet_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw_dataset(nnunet_folders)
+    twice = GOOD.replace("a2,A,p2", "a2,a,p2").replace("b2,B,p1", "b2,B,P1")
+    assert run("annotate", "321", "--sites", write(nnunet_folders / "s.csv", twice)) == 1
+    said = capsys.readouterr().err
+    assert "site 'a'; expected 'A', as in" in said
+    assert "patient 'P1'; expected 'p1', as in" in said
+    listed = '{"a1": "A", "a2": "A", "b1": "B", "b2": "B", "c1": "C", "a1": "B"}'
+    assert run("annotate", "321", "--sites", write(nnunet_folders / "s.json", listed)) == 1
+    assert "case 'a1' is listed twice" in capsys.readouterr().err
+
+
 def test_the_preprocessed_copy_is_written_too_and_keeps_what_else_it_says(nnunet_folders: Path) -> None:
     folder = raw_dataset(nnunet_folders)
     prepared = nnunet_folders / "nnUNet_preprocessed" / NAME

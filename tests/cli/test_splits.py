@@ -158,13 +158,38 @@ def test_leaving_one_site_out_as_datasets_makes_one_per_site(mixed: Path) -> Non
         assert json.loads((out / "dataset.json").read_text())["dgplugins"]["source"] == sorted({*"ABC"} - {site})
 
 
-def test_linking_twice_changes_nothing_and_another_split_under_the_same_id_is_refused(mixed: Path) -> None:
+def test_labels_that_are_no_truth_are_none_in_a_linked_dataset(mixed: Path) -> None:
+    """Cases with tags have labels for planning only; masks of those that validate lie in a folder of their own."""
+    path = mixed / "dataset.json"
+    content = json.loads(path.read_text())
+    for name in CASES:
+        content["dgplugins"]["cases"][name] |= {"labelled": False, "tags": [0, 1]}
+    path.write_text(json.dumps(content))
+    (mixed / "labelsVal").mkdir()
+    for name in ("A0", "B0"):
+        (mixed / "labelsVal" / f"{name}.nii.gz").write_bytes(b"mask")
+    assert run("splits", "321", "--single-source", "A", "--as-dataset", "520") == 0
+    out = mixed.with_name("Dataset520_Mixed_A")
+    assert sorted(path.name for path in (out / "labelsTs").iterdir()) == ["B0.nii.gz", "D0.nii.gz"]
+    assert (out / "labelsTs" / "B0.nii.gz").read_bytes() == b"mask"
+    assert [path.name for path in (out / "labelsVal").iterdir()] == ["A0.nii.gz"]
+    assert len(list((out / "labelsTr").iterdir())) == 6
+    cases = json.loads((out / "dataset.json").read_text())["dgplugins"]["cases"]
+    assert (cases["A1"]["labelled"], cases["B0"]["labelled"], cases["B1"]["labelled"]) == (False, True, False)
+    assert "tags" in cases["A1"]
+    assert "tags" not in cases["B1"]
+
+
+def test_linking_twice_changes_nothing_and_another_split_under_the_same_id_is_refused(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("splits", "321", "--single-source", "A", "--as-dataset", "520") == 0
     out = mixed.with_name("Dataset520_Mixed_A")
     before = {path: path.lstat().st_mtime_ns for path in out.rglob("*")}
     assert run("splits", "321", "--single-source", "A", "--as-dataset", "520") == 0
     assert {path: path.lstat().st_mtime_ns for path in out.rglob("*")} == before
     assert run("splits", "321", "--single-source", "A", "--as-dataset", "520", "--seed", "1") == 1
+    assert "--overwrite" not in capsys.readouterr().err
     assert run("splits", "321", "--single-source", "C", "--as-dataset", "520") == 1
 
 

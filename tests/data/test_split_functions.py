@@ -96,6 +96,9 @@ def test_the_published_first_nine_tenths_are_kept_in_order() -> None:
     table = CaseTable()
     names = [f"{number:02d}" for number in range(30)]
     assert first_fraction(table, names) == [{"train": names[:27], "val": names[27:]}]
+    two_frames = make(A=5)
+    (fold,) = first_fraction(two_frames, list(two_frames.cases), 0.7)  # the seventh case is a patient's first
+    assert (len(fold["train"]), len(fold["val"])) == (8, 2)
 
 
 @pytest.mark.parametrize(

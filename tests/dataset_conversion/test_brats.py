@@ -31,6 +31,12 @@ def table(folder: Path) -> CaseTable:
     return found
 
 
+def test_scans_of_one_patient_of_brats_2015_are_one_patient() -> None:
+    names = ("brats_tcia_pat309_0001", "brats_tcia_pat309_0120", "brats_2013_pat0001_1", "BraTS19_TCIA01_201_1")
+    patients = ["brats_tcia_pat309", "brats_tcia_pat309", "brats_2013_pat0001", "BraTS19_TCIA01_201_1"]
+    assert [module._patient(name) for name in names] == patients
+
+
 def test_the_modalities_become_channels_in_the_order_asked_for(root: Path) -> None:
     out = convert(module, root.parent, modalities="flair,T1c,t2")
     assert out.name == "Dataset505_BraTS2019_Flair-T1c-T2_tags"

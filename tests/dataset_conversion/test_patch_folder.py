@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -237,6 +238,29 @@ def test_a_cell_too_many_hides_no_other_problem(root: Path) -> None:
     said = refused(root)
     assert "'x' stands in no column" in said
     assert "gland is '7'" in said
+
+
+def test_two_spellings_of_a_path_are_one_patch(root: Path) -> None:
+    with (root / "tags.csv").open("a") as file:
+        file.write("./pictures//patch 0.png,0,1,0,p0,North\n")
+    assert "pictures/patch 0.png is listed twice" in refused(root)
+
+
+def test_excluding_a_missing_patch_keeps_the_one_of_the_same_name(root: Path) -> None:
+    picture(root / "a" / "patch 1.png", 50)
+    with (root / "tags.csv").open("a") as file:
+        file.write("a/patch 1.png,1,0,0,p9,North\nb/patch 1.png,1,0,0,p9,North\n")
+    said = refused(root)
+    (excluded,) = re.findall(r"--exclude (\S+)\.", said)
+    out = convert(root, exclude=(excluded,))
+    originals = {case["original"] for case in cases(out).values()}
+    assert {"a/patch 1.png", "pictures/patch 1.png"} <= originals
+
+
+def test_masks_without_any_class_are_refused(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        mask(path, bands([0, 255]), [])
+    assert "no mask of" in refused(root, masks=root / "masks", val=0.2)
 
 
 def test_pictures_lie_below_the_folder(root: Path) -> None:

@@ -210,6 +210,22 @@ def test_both_names_of_the_training_folder_and_the_folder_above_will_do(tmp_path
         convert(luad_module, root, dataset_id=601)
 
 
+def test_another_set_is_never_taken_for_the_one_asked_for(tmp_path: Path, root: Path) -> None:
+    one = bytes_of(convert(luad_module, root), "imagesTr", "labelsTr")
+    bcss(root.parent / "BCSS-WSSS")  # comes first by name
+    assert bytes_of(convert(luad_module, root.parent, dataset_id=600), "imagesTr", "labelsTr") == one
+    with pytest.raises(UserError, match="several sets: BCSS-WSSS, downloaded"):
+        convert(luad_module, root.rename(root.with_name("downloaded")).parent, dataset_id=601)
+    assert "no file is called as LUADHistoSeg's are" in refused(luad_module, root.parent / "BCSS-WSSS", dataset_id=601)
+
+
+def test_a_picture_that_is_a_link_to_nowhere_is_named(root: Path) -> None:
+    path = next((root / "training").iterdir())
+    path.unlink()
+    path.symlink_to("annex-object-not-fetched")
+    assert path.name in refused(luad_module, root)
+
+
 def test_a_folder_without_validation_patches_is_refused(root: Path) -> None:
     shutil.rmtree(root / "val")
     with pytest.raises(UserError, match="no folder val; luad-histoseg needs it"):

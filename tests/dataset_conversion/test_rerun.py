@@ -51,6 +51,14 @@ def test_a_second_run_does_nothing_and_says_so(root: Path, capsys: pytest.Captur
     assert times_of(out) == before
 
 
+def test_a_link_that_leads_nowhere_is_named(root: Path) -> None:
+    path = next(root.rglob("Case00.nii.gz"))
+    path.unlink()
+    path.symlink_to("annex-object-not-fetched")
+    with pytest.raises(BadInput, match=r"Case00\.nii\.gz.*cannot be read"):
+        convert(module, root)
+
+
 def test_folds_and_table_edited_by_the_user_survive_a_second_run(root: Path) -> None:
     out = convert(module, root)
     (out / "splits_final.json").write_text("[]")
@@ -61,6 +69,9 @@ def test_folds_and_table_edited_by_the_user_survive_a_second_run(root: Path) -> 
 def test_a_file_lost_from_a_finished_dataset_comes_back(root: Path) -> None:
     out = convert(module, root)
     before = bytes_of(out)
+    (out / "splits_final.json").unlink()
+    convert(module, root)
+    assert bytes_of(out) == before
     (out / "imagesTs" / "HK_Case00_0000.nii.gz").unlink()
     (out / "labelsTr" / "RUNMC_Case00.nii.gz").write_bytes(b"half")
     convert(module, root)

@@ -41,6 +41,12 @@ def test_the_roots_are_the_folds_of_one_dataset(roots: list[Path]) -> None:
     verify(out)
 
 
+def test_what_masks_show_is_part_of_what_a_dataset_was_made_from(roots: list[Path]) -> None:
+    convert(module, roots[0])
+    with pytest.raises(UserError, match="other input or options"):
+        convert(module, roots[0], label_name="tumour")
+
+
 def test_slices_are_stacked_by_number_and_tags_follow_them(roots: list[Path]) -> None:
     out = convert(module, roots[0])
     for channel in (0, 1):
