@@ -29,6 +29,9 @@ def advise(dataset: int | str) -> dict[str, Any]:
     if source is None:
         raise UserError(f"{name}: no dataset.json in {raw} or {preprocessed}.")
     content = read_json(source / "dataset.json")
+    missing = [key for key in ("channel_names", "labels", "file_ending") if key not in content]
+    if missing:
+        raise UserError(f"{source / 'dataset.json'}: lacks {' and '.join(missing)}; nnU-Net v2 wants them.")
     table = CaseTable.from_dataset_json(content, str(source / "dataset.json"))
     training = int(content.get("numTraining", 0))
     names = _training_cases(raw, preprocessed, content["file_ending"])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_dgplugins.errors import UserError
 
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
 
 @contextmanager
 def held(file: Path, what: str) -> Iterator[None]:
     """Hold ``file`` until the block or the process ends, however it ends; it receives the process's number and machine.
 
-    The lock is the kernel's: a file left by a killed process holds nothing back. On Windows nothing is locked.
+    The lock is the kernel's: a file left by a killed process holds nothing back. On Windows, and on network disks that
+    know no locks, nothing is locked.
 
     Args:
         file: made where missing, and left behind; only processes that ask for the same file shut each other out.
@@ -40,6 +45,10 @@ def held(file: Path, what: str) -> Iterator[None]:
             process, host = _noted(handle.read())
             where = f"{process} on {host}" if host else process
             raise UserError(f"Process {where} {what} now. Wait for it, or stop it.") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"Note: {file.parent} is on a disk without locks; run nothing else there.", file=sys.stderr)
         handle.truncate(0)
         handle.write(f"{os.getpid()} {socket.gethostname()}")
         handle.flush()
@@ -47,7 +56,7 @@ def held(file: Path, what: str) -> Iterator[None]:
 
 
 def holder(file: Path) -> int | None:
-    """Return the process that holds ``file``, None if there is none (always on Windows).
+    """Return the process that holds ``file``, None if there is none (always where nothing is locked).
 
     Not for the holder itself: a process loses its lock when it closes the file a second time.
     """
@@ -60,6 +69,9 @@ def holder(file: Path) -> int | None:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return int(_noted(handle.read())[0])
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_dgplugins.errors import UserError
-from nnunet_dgplugins.locks import held, other_host
+from nnunet_dgplugins.locks import held, holder, other_host
 
 pytest.importorskip("fcntl")
 HOLD = """
@@ -50,3 +51,17 @@ def test_who_holds_a_file_on_another_machine_is_named_with_it(tmp_path: Path):
     assert other_host(file) == "login2"
     file.write_text("12")
     assert other_host(file) == ""
+
+
+def test_a_disk_without_locks_is_worked_on_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    import fcntl
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with held(tmp_path / "lock", "works"):
+        assert "a disk without locks" in capsys.readouterr().err
+        assert holder(tmp_path / "lock") is None

@@ -101,6 +101,8 @@ def command(
         numbers = {path.resolve() for path in beside(html_file)}
         if csv_file and csv_file.resolve() in numbers:
             raise click.UsageError(f"--html writes {csv_file} too, one value a line: leave out --csv.")
+    if fold != "all" and not fold.isdigit():
+        raise click.BadParameter("a number, or all", param_hint="-f")
     data = Dataset.load(dataset)
     if model:
         import contextlib

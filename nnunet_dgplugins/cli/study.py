@@ -52,12 +52,12 @@ def command(
     """
     from nnunet_dgplugins.errors import UserError
     from nnunet_dgplugins.study.file import read_study
-    from nnunet_dgplugins.study.results import collect, write_results
+    from nnunet_dgplugins.study.results import collect, seldom, write_results
     from nnunet_dgplugins.study.run import run_tasks
     from nnunet_dgplugins.study.slurm_file import read_slurm
     from nnunet_dgplugins.study.slurm_queue import resume
     from nnunet_dgplugins.study.state import State
-    from nnunet_dgplugins.study.tasks import expand
+    from nnunet_dgplugins.study.tasks import expand, refuse_taken_ids
 
     study = read_study(file)
     out = (out or file.with_suffix("")).resolve()
@@ -74,6 +74,7 @@ def command(
         _status(tasks, state)
         _print(collect(tasks), study, metric)
         return
+    refuse_taken_ids(tasks)
     options = read_slurm(cluster) if cluster else None
     if options and jobs > 1:
         raise click.UsageError("--jobs is for this machine; `queue` in the SLURM file says how many are submitted.")
@@ -83,10 +84,7 @@ def command(
     with state.alone():
         executor = _executor(jobs, options, out, tasks, resume(out, tasks, state))
         state.forget_running()
-        failed = run_tasks(
-            tasks, state, executor, study.budget.minutes,
-            lambda task: write_results(tasks, study, out) if task.kind == "evaluate" else None,
-        )  # fmt: skip
+        failed = run_tasks(tasks, state, executor, study.budget.minutes, seldom(tasks, study, out))
         table = write_results(tasks, study, out)
     _print(table, study, metric)
     click.echo(f"{out}: results.csv, results.json, results.md")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nnunet_dgplugins.evaluation import dcam_protocol
+from nnunet_dgplugins.evaluation import dcam_protocol, samsdg_protocol
 
 if TYPE_CHECKING:
     import pandas
@@ -45,6 +45,8 @@ def cell(values: pandas.DataFrame, target: str) -> str:
     if target not in values.index:
         return "-"
     row = values.loc[target]
+    if row["mean"] != row["mean"]:  # no case of the site has the number
+        return "-"
     text = f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["seeds"] > 1 else "")
     return text if row["split"] == UNSEEN else f"({text})"
 
@@ -79,7 +81,9 @@ def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
         ]
         return pandas.concat([sites, *named], ignore_index=True)
     chosen = table[table["metric"] == metric]
-    cases = chosen.groupby([*keys, "case"], dropna=False, sort=False)["value"].mean().reset_index()
+    # canvases of two classes have nothing in common but their numbers
+    cases = chosen.groupby([*keys, "class" if metric in samsdg_protocol.METRICS else "case"], dropna=False, sort=False)
+    cases = cases["value"].mean().reset_index()
     sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
     averages = [
         part[part["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
@@ -143,6 +147,9 @@ def _gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> 
 
     one = ["target", "patient", "case"]
     both = table[(table["metric"] == metric) & table["method"].isin([method, baseline])]
+    if metric in samsdg_protocol.METRICS and both["class"].nunique() > 1:  # each class counts alike, as in by_seed
+        both = both.groupby([*one[:2], "class", "seed", "method"], dropna=False, sort=False)["value"].mean()
+        both = both.reset_index().rename(columns={"class": "case"})
     wide = both.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean().unstack("method")
     if not {method, baseline} <= set(wide.columns):
         return pandas.Series(dtype=float, index=pandas.MultiIndex.from_arrays([[], [], []], names=one))

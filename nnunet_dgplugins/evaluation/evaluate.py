@@ -49,6 +49,10 @@ class Classes:
         values: dict[str, tuple[int, ...]] = {}
         ignore = None
         for name, label in dataset_json["labels"].items():
+            if isinstance(label, str):
+                raise UserError(
+                    f"labels of dataset.json: '{name}: {label}'; nnU-Net v2 wants names first, then numbers."
+                )
             if name == "ignore":
                 ignore = int(label)
             elif name != "background":

@@ -8,7 +8,7 @@ between voxel centres, from p to the nearest surface voxel of R.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,16 +162,14 @@ def class_masks(
     prediction: npt.NDArray[np.integer],
     classes: Mapping[str, Sequence[int]],
     ignore: int | None = None,
-) -> list[tuple[str, Mask, Mask]]:
-    """Return (class, reference mask, predicted mask) for each class; ignored voxels belong to neither mask."""
-    result = []
+) -> Iterator[tuple[str, Mask, Mask]]:
+    """Yield (class, reference mask, predicted mask) of each class in turn; ignored voxels belong to neither mask."""
     known = None if ignore is None else reference != ignore
     for name, values in classes.items():
         truth, guess = (_members(labels, values) for labels in (reference, prediction))
         if known is not None:
             truth, guess = truth & known, guess & known
-        result.append((name, truth, guess))
-    return result
+        yield name, truth, guess
 
 
 def _members(labels: npt.NDArray[np.integer], values: Sequence[int]) -> Mask:

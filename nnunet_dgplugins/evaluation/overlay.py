@@ -31,6 +31,7 @@ def overlay_png(
     title: str = "",
     *,
     slice_by: Literal["reference", "disagreement"] = "reference",
+    ignore: int | None = None,
     dpi: int = _DPI,
 ) -> Path:
     """Draw one slice: the image in grey, the reference's contour in blue, the prediction's dashed in orange.
@@ -43,6 +44,7 @@ def overlay_png(
         title: shown above; the slice is added to it.
         slice_by: the slice with the largest ``reference`` area, or with the most voxels in ``disagreement``. An empty
             reference leaves the choice to the prediction, and two empty maps take the middle slice.
+        ignore: value of the reference that means "not annotated"; nothing is drawn there.
         dpi: pixels per inch; the picture is 6 inches wide.
 
     Returns:
@@ -59,6 +61,8 @@ def overlay_png(
         raise UserError(f"{prediction_path}: grid differs from that of {reference_path}: {difference}")
     if grey.shape != guess.shape:
         raise UserError(f"{prediction_path}: shape {guess.shape} differs from that of {image_path}: {grey.shape}")
+    if ignore is not None:
+        truth, guess = (np.where(truth == ignore, 0, labels) for labels in (truth, guess))
     index = pick_slice(truth, guess, slice_by)
     place = f"slice {index + 1} of {len(guess)}" if len(guess) > 1 else ""
     heading = ", ".join(part for part in (title, place) if part)
@@ -80,6 +84,7 @@ def overlay_folder(result: Evaluation, folder: Path, images: Path | None = None)
         UserError: a case's image is in neither folder.
     """
     data = result.dataset
+    ignore = data.classes.ignore
     truths, guesses = data.files(result.labels), data.files(result.predictions)
     written = []
     for case in (case for case in truths if case in guesses):
@@ -91,7 +96,7 @@ def overlay_folder(result: Evaluation, folder: Path, images: Path | None = None)
         site = data.site_of(case)
         title = f"{case} ({site}){_dice_text(result, case)}"
         target = folder / f"{site}_{case}.png".replace("/", "-").replace(" ", "_")
-        written.append(overlay_png(found, truths[case], guesses[case], target, title))
+        written.append(overlay_png(found, truths[case], guesses[case], target, title, ignore=ignore))
     return written
 
 

@@ -56,11 +56,16 @@ def described(table: pandas.DataFrame, protocol: str) -> dict[tuple[str, str], d
     if protocol == "dcam":
         n = table["case"].nunique()
         return {key: _numbers(value, math.nan, n) for key, value in dcam_protocol.pooled(table).items()} if n else {}
-    found = summary(with_class_mean(table), ["class", "metric"])
-    return {
+    canvases = protocol == "samsdg"
+    found = summary(table if canvases else with_class_mean(table), ["class", "metric"])
+    numbers = {
         (str(row["class"]), str(row["metric"])): _numbers(row["mean"], row["std"], row["n"])
         for row in found.to_dict("records")
     }
+    if canvases and len(found) > 1:  # those of two classes show other slices, and there may be more of one
+        for metric, part in found.groupby("metric"):
+            numbers[MEAN_OF_CLASSES, str(metric)] = _numbers(part["mean"].mean(), math.nan, part["n"].sum())
+    return numbers
 
 
 def sites_table(result: Evaluation) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -205,6 +206,10 @@ class _Reader:
             several = isinstance(values["prepare"], tuple)
             commands = values["prepare"] if several else (values["prepare"],)
             for command in commands:
+                try:
+                    shlex.split(command)
+                except ValueError as error:
+                    self.note(f"{where}, prepare", f"{command} ({error})", "words as a shell reads them")
                 if "{download}" not in command:
                     self.note(f"{where}, prepare", command, "{download} where the folder's name belongs")
             expanded = tuple(self._expanded(f"{where}, prepare", command) for command in commands)

@@ -73,18 +73,38 @@ class LocalExecutor:
         """All that were started."""
         return self.slots
 
-    def start(self, task: Task, log: Path) -> LocalJob:
+    def start(self, task: Task, log: Path) -> Job:
         """Start a task; its processes end when this one is killed."""
         place = self._free.pop(0)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment, cores = surroundings(task.environment, self.threads), self._cores(place)
-        return LocalJob(task.command, environment, log, cores, lambda: self._free.insert(0, place))
+        try:
+            return LocalJob(task.command, environment, log, cores, lambda: self._free.insert(0, place))
+        except OSError as error:  # no such program
+            log.write_text(f"{task.command[0]}: {error.strerror}\n", encoding="utf-8")
+            self._free.insert(0, place)
+            return NeverStarted()
 
     def _cores(self, place: int) -> set[int]:
         if self.slots == 1 or not hasattr(os, "sched_getaffinity"):
             return set()
         mine = sorted(os.sched_getaffinity(0))[: self.cores]
         return set(mine[place * self.threads : (place + 1) * self.threads]) or {mine[place % len(mine)]}
+
+
+class NeverStarted:
+    """A command that there is not."""
+
+    def result(self) -> int:
+        """Return the exit code that shells give."""
+        return 127
+
+    def seconds(self) -> float:
+        """Return no time."""
+        return 0.0
+
+    def stop(self) -> None:
+        """Do nothing."""
 
 
 class LocalJob:
@@ -103,7 +123,7 @@ class LocalJob:
         with open(log, "w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment),
-                start_new_session=True, preexec_fn=lambda: _bind(cores),
+                start_new_session=True, preexec_fn=(lambda: _bind(cores)) if os.name == "posix" else None,
             )  # fmt: skip
 
     def result(self) -> int | None:

@@ -11,6 +11,7 @@ from nnunet_dgplugins import settings
 from nnunet_dgplugins.data.case_table import KEY
 from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.evaluation.comparison import COLUMNS
+from nnunet_dgplugins.evaluation.evaluate import Classes
 from nnunet_dgplugins.evaluation.report.content import Costs, Entry, Published, Report
 from nnunet_dgplugins.files import PANELS, read_json
 from nnunet_dgplugins.study.results import FILE, FORMAT
@@ -37,6 +38,7 @@ def read_study_results(out: Path) -> Report:
             "(finished tasks are kept), it writes the file anew."
         )
     table = pandas.DataFrame(content["values"], columns=[*COLUMNS, "split"])
+    table = table[table["case"].notna()]
     drawn = _drawn(content["runs"], out)
     entries = [replace(_entry(run, out), drawn=drawn.get(place)) for place, run in enumerate(content["runs"])]
     return Report(
@@ -65,7 +67,7 @@ def _entry(run: Mapping[str, Any], out: Path) -> Entry:
         gpu_memory=_of_all(max, [values.get("peak_gpu_memory_bytes") for values in took]),
         disk=sum(path.stat().st_size for fold in folds for path in fold.rglob("*") if path.is_file()),
     )
-    description = raw / "dataset.json"
+    facts = read_json(raw / "dataset.json") if (raw / "dataset.json").is_file() else {}
     panels = raw / PANELS
     return Entry(
         method=run["method"],
@@ -76,7 +78,8 @@ def _entry(run: Mapping[str, Any], out: Path) -> Entry:
         predictions=predictions if predictions.is_dir() else None,
         labels=raw / "labelsTs",
         images=[raw / "imagesTs"],
-        file_ending=read_json(description)["file_ending"] if description.is_file() else "",
+        file_ending=facts["file_ending"] if facts else "",
+        ignore=Classes.from_dataset_json(facts).ignore if facts else None,
         panels=panels if panels.is_file() else None,
         curves=stages[-1][1] if stages else {},
         settings=_settings(folds[-1].parent) if folds else {},

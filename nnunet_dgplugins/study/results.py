@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ def _values(run: Run) -> list[pandas.DataFrame]:
                 keep_default_na=False, na_values={"case": [""], "patient": [""], "value": ["", "nan"]},
             )  # fmt: skip
             labels = {"method": run.method, "dataset": run.dataset, "source": run.source, "seed": run.seed}
+            part = part[part["case"].notna()]  # under dcam numbers of sites follow those of the cases
             found.append(part.rename(columns={"site": "target"}).assign(**labels, ratio=run.ratio, split=split))
     return found
 
@@ -151,6 +153,19 @@ def markdown(table: pandas.DataFrame, study: Study, metric: str | None = None) -
         text += f"\nIn brackets: {one.brackets}.\n"
         parts.append(text + "".join(f"\n- {note}" for note in one.notes) + ("\n" if one.notes else ""))
     return "\n".join(parts)
+
+
+def seldom(tasks: Sequence[Task], study: Study, out: Path, seconds: float = 60.0) -> Callable[[Task], None]:
+    """Return what writes results behind an evaluation, unless it has done so a short time ago: many take seconds."""
+    due = 0.0
+
+    def write(task: Task) -> None:
+        nonlocal due
+        if task.kind == "evaluate" and time.monotonic() >= due:
+            write_results(tasks, study, out)
+            due = time.monotonic() + seconds
+
+    return write
 
 
 def write_results(tasks: Sequence[Task], study: Study, out: Path) -> pandas.DataFrame:

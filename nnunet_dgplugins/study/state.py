@@ -48,9 +48,18 @@ class State:
     def set(self, task: Task, kind: str, seconds: float = 0.0) -> None:
         """Write a task's state; the other two are taken back."""
         content = {"name": task.name, "kind": task.kind, "seconds": round(seconds, 1), "command": task.typed}
+        if task.replaces:
+            content["replaces"] = task.replaces
+            self._forget_replaced(task)
         write_json(self._file(kind, task), {**content, "time": time.strftime("%Y-%m-%d %H:%M:%S")})
         for other in {DONE, FAILED, RUNNING} - {kind}:
             self._file(other, task).unlink(missing_ok=True)
+
+    def _forget_replaced(self, task: Task) -> None:
+        """Take back that other tasks are done whose files this one overwrites."""
+        for file in (self.out / "state" / DONE).glob("*.json"):
+            if file.stem != task.key and read_json(file).get("replaces") == task.replaces:
+                file.unlink()
 
     def forget_running(self) -> None:
         """Take back what a killed study left as running."""

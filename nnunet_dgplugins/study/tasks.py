@@ -21,6 +21,7 @@ from dataset_conversion._command import planned_name
 from dataset_conversion._registry import load_converter
 from nnunet_dgplugins import __version__, settings
 from nnunet_dgplugins.data.splits import SPLITS
+from nnunet_dgplugins.errors import UserError
 from nnunet_dgplugins.files import (
     CAM_VALIDATION,
     PREPROCESSED,
@@ -38,6 +39,9 @@ from nnunet_dgplugins.study.definition import ALL, PLANNERS, Data, Method, Study
 #: gives one result
 _QUIET = {"nnUNet_def_n_proc": "1"}
 _PLANNING, _TRAINING = {**_QUIET, "nnUNet_n_proc_DA": "1"}, {**_QUIET, "nnUNet_n_proc_DA": "0"}
+#: configurations whose data ResEnc presets share with the first plans; nnU-Net would remove and write them anew while
+#: other tasks read them
+_SHARED = ("2d", "3d_fullres")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Task:
         inputs: what else decides the result, such as the hash of a weight file.
         run: the training it belongs to.
         seed: of that training, also where the task makes no result of it; None: for all seeds.
+        replaces: what it overwrites, which another task of the same words here may have written before; else empty.
     """
 
     name: str
@@ -94,6 +99,7 @@ class Task:
     inputs: str = ""
     run: Run | None = None
     seed: int | None = None
+    replaces: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -122,6 +128,25 @@ def expand(study: Study, out: Path, device: str) -> list[Task]:
     return sorted(tasks, key=lambda task: -1 if task.seed is None else study.seeds.index(task.seed))
 
 
+def refuse_taken_ids(tasks: Sequence[Task]) -> None:
+    """Refuse a study whose datasets have other names under the same ids than when it ran before.
+
+    Raises:
+        UserError: sources or seeds were not added at the end, so that ids behind them moved.
+    """
+    taken = {
+        f"{raw.name} would get the id of {other.name}"
+        for raw in {task.run.raw for task in tasks if task.run and task.run.raw}
+        for other in raw.parent.glob(f"{raw.name[:11]}*")
+        if other.name != raw.name
+    }
+    if taken:
+        raise UserError(
+            "The file's sources, ratios, seeds or methods with pseudo labels have changed so that ids moved: "
+            f"{'; '.join(sorted(taken))}. Add new ones behind the others, or choose another first_id or --out."
+        )
+
+
 def slug(text: str) -> str:
     """Return text as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
@@ -133,7 +158,7 @@ class _Collection:
     def __init__(self, study: Study, data: Data, out: Path, device: str):
         self.study, self.data, self.out, self.device = study, data, out, device
         # another download or other options are other data, in a folder of their own
-        parts = [data.convert, data.download, data.prepare, data.first_id, data.options, *data.spacing]
+        parts = [__version__, data.convert, data.download, data.prepare, data.first_id, data.options, *data.spacing]
         parts += [data.masks] if data.masks else []
         mark = content_hash(parts)[:8]
         self.folder = out / "data" / f"{slug(data.name)}-{mark}"
@@ -144,7 +169,7 @@ class _Collection:
         needs: tuple[str, ...] = ()
         prepare = self.data.prepare or ()
         for number, command in enumerate((prepare,) if isinstance(prepare, str) else prepare, 1):
-            words = [word.format(download=self.download) for word in shlex.split(command)]
+            words = [word.replace("{download}", self.download) for word in shlex.split(command)]
             needs = (self.add("prepare" if number == 1 else f"prepare {number}", "prepare", words, needs),)
         variants, methods = self.data.variants(), self.study.methods
         own = [method for method in methods if not method.masks]
@@ -168,6 +193,7 @@ class _Collection:
         run: Run | None = None,
         inputs: str = "",
         seed: int | None = None,
+        replaces: str = "",
     ) -> str:
         """Add a task, return its key."""
         base = {RAW: self.folder / RAW, PREPROCESSED: self.folder / PREPROCESSED, RESULTS: self.folder / RESULTS}
@@ -175,7 +201,7 @@ class _Collection:
         words = tuple(sys.executable if word == "python" else word for word in command)
         own = {**folders, **(environment or {})}
         seed = run.seed if run else seed
-        task = Task(f"{self.data.name}: {name}", kind, words, own, needs, inputs, run, seed)
+        task = Task(f"{self.data.name}: {name}", kind, words, own, needs, inputs, run, seed, replaces)
         self.made.append(task)
         return task.key
 
@@ -221,11 +247,12 @@ class _Variant:
                 planned[method.plans] = self.all.add(
                     f"plan {self.title} {method.plans}", "plan again", words, (planned["nnUNetPlans"],), _PLANNING
                 )
-                words = ["nnUNetv2_preprocess", "-d", self.id, "-plans_name", method.plans, "-c", configuration]
-                planned[method.plans] = self.all.add(
-                    f"preprocess {self.title} {method.plans}", "preprocess", [*words, "-np", "1", "--no_pbar"],
-                    (planned[method.plans],), _PLANNING,
-                )  # fmt: skip
+                if configuration not in _SHARED:
+                    words = ["nnUNetv2_preprocess", "-d", self.id, "-plans_name", method.plans, "-c", configuration]
+                    planned[method.plans] = self.all.add(
+                        f"preprocess {self.title} {method.plans}", "preprocess", [*words, "-np", "1", "--no_pbar"],
+                        (planned[method.plans],), _PLANNING,
+                    )  # fmt: skip
             ready.append((method, *self._settings(method, planned[method.plans])))
         for seed in self.study.seeds:
             for method, plans, key in ready:
@@ -325,13 +352,15 @@ class _Variant:
         number, self.pseudo_id = str(self.pseudo_id), self.pseudo_id + 1
         words = ["dgplugins", "pseudo-labels", str(model), "--out", number, "--device", self.all.device, "--overwrite"]
         made = self.all.add(
-            f"pseudo-labels {name}", "pseudo-labels", [*words, *method.pseudo_options], (trained,), own, seed=seed
+            f"pseudo-labels {name}", "pseudo-labels", [*words, *method.pseudo_options], (trained,), own, seed=seed,
+            replaces=str(self.all.folder / RAW / number),
         )  # fmt: skip
         plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.study.configuration, "-np", "1", "-npfp", "1"]
         ready = self.all.add(f"plan {name}", "plan", [*plan, "--no_pbar"], (made,), _PLANNING, seed=seed)
         if method.smaller:
-            words = ["dgplugins", "configure", number, "-p", plans, "-o", f"{plans}_small", "-c"]
-            plans = f"{plans}_small"
+            small = f"{plans}_small_{content_hash(method.smaller)[:8]}"
+            words = ["dgplugins", "configure", number, "-p", plans, "-o", small, "-c"]
+            plans = small
             words += [self.study.configuration, *method.smaller]
             ready = self.all.add(f"configure {name}", "configure", words, (ready,), seed=seed)
         return number, f"Dataset{int(number):03d}_{self.dataset[11:]}_pseudo", plans, ready

@@ -122,6 +122,30 @@ def test_without_known_patients_there_is_a_difference_and_no_interval():
     assert intervals(canvases).empty
 
 
+def test_canvases_of_two_classes_count_by_class_and_not_by_their_number():
+    rows = [
+        (method, "d", "A", "B", None, 0, f"canvas {number:03d}", None, name, "dice_samsdg", value + gain, "unseen")
+        for method, gain in (("stock", 0.0), ("ours", 0.1))
+        for name, count, value in (("organ", 10, 0.8), ("lesion", 2, 0.2))
+        for number in range(count)
+    ]
+    canvases = pandas.DataFrame(rows, columns=[*COLUMNS, "split"])
+    lines = matrix(canvases, "dice_samsdg").set_index(["method", "target"])
+    for target in ("B", "mean unseen", "pooled unseen"):
+        assert lines.loc[("stock", target), "mean"] == pytest.approx(0.5)
+    uneven = canvases.assign(value=canvases["value"].where(canvases["class"] != "lesion", 0.2))
+    (row,) = differences(uneven, "stock", "dice_samsdg").to_dict("records")
+    assert row["difference"] == pytest.approx(0.05)
+
+
+def test_a_site_without_the_number_shows_a_dash():
+    lines = table({"ours": [0.1, 0.3, 0.2, 0.4]})
+    lines.loc[lines["target"] == "B", "value"] = float("nan")
+    own = matrix(lines).query("method == 'ours'").set_index("target")
+    assert cell(own, "B") == "-"
+    assert cell(own, "C").startswith("0.800")
+
+
 def test_own_cases_of_a_site_that_is_unseen_too_are_told_apart():
     whole = table({"ours": [0.1] * 4})
     own = whole.assign(split="validation", case=whole["case"] + "_own")

@@ -49,6 +49,15 @@ def test_both_contours_are_in_the_picture(tmp_path: Path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["o.png"]
 
 
+def test_what_is_not_annotated_is_neither_drawn_nor_chosen(tmp_path: Path):
+    image = write(np.random.default_rng(0).normal(size=(6, 24, 24)).astype(np.float32), tmp_path / "i.nii.gz")
+    values = np.zeros((6, 24, 24), np.uint8)
+    values[4, 4:20, 4:20] = 2
+    truth, guess = write(values, tmp_path / "t.nii.gz"), write(np.zeros_like(values), tmp_path / "p.nii.gz")
+    assert _pixels_near(overlay_png(image, truth, guess, tmp_path / "a.png"), REFERENCE_COLOUR) > 50
+    assert _pixels_near(overlay_png(image, truth, guess, tmp_path / "b.png", ignore=2), REFERENCE_COLOUR) == 0
+
+
 def test_the_picture_has_the_aspect_of_the_slice_in_millimetres(tmp_path: Path):
     from skimage import io
 

@@ -11,8 +11,17 @@ import pytest
 from made_dataset import bar, evaluated, make, write
 
 from nnunet_dgplugins.evaluation import show
-from nnunet_dgplugins.evaluation.evaluate import Dataset, Evaluation, evaluate
-from nnunet_dgplugins.evaluation.tables import matrix, sites_table, summary, target_sites, to_json, write_csv
+from nnunet_dgplugins.evaluation.evaluate import COLUMNS, Dataset, Evaluation, evaluate
+from nnunet_dgplugins.evaluation.tables import (
+    MEAN_OF_CLASSES,
+    described,
+    matrix,
+    sites_table,
+    summary,
+    target_sites,
+    to_json,
+    write_csv,
+)
 
 
 @pytest.fixture
@@ -98,6 +107,15 @@ def test_the_json_of_samsdg_has_one_entry_per_canvas(nnunet_folders: Path):
         ("A", "canvas 001"), ("A", "canvas 002"), ("B", "canvas 001"),
     ]  # fmt: skip
     assert content["cases"][0]["patient"] is None
+
+
+def test_the_mean_of_classes_of_canvases_is_that_of_the_classes_means():
+    rows = [("organ", 0.8)] * 10 + [("lesion", 0.2)] * 2
+    canvases = pandas.DataFrame(
+        [(f"canvas {n % 10:03d}", "A", None, name, "dice_samsdg", value) for n, (name, value) in enumerate(rows)],
+        columns=COLUMNS,
+    )
+    assert described(canvases, "samsdg")[MEAN_OF_CLASSES, "dice_samsdg"]["mean"] == pytest.approx(0.5)
 
 
 def test_the_csv_is_tidy_and_reads_back(result: Evaluation, tmp_path: Path):

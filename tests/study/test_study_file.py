@@ -12,7 +12,7 @@ from nnunet_dgplugins.budget import Budget
 from nnunet_dgplugins.errors import BadInput, UserError
 from nnunet_dgplugins.registry import TRAINERS
 from nnunet_dgplugins.study.file import read_study, stock_trainers
-from nnunet_dgplugins.study.tasks import Task, expand
+from nnunet_dgplugins.study.tasks import Task, expand, refuse_taken_ids
 
 GOOD = {
     "datasets": {
@@ -142,7 +142,43 @@ def test_every_task_comes_behind_what_it_needs_and_has_a_name_of_its_own(tmp_pat
     kinds = [task.kind.split()[0] for task in tasks]
     # 2 sources x (3 methods x 2 seeds), and per source two plans, one configure, one embed
     assert [kinds.count(kind) for kind in ("prepare", "convert", "train", "predict", "evaluate")] == [1, 2, 12, 12, 24]
-    assert [kinds.count(kind) for kind in ("plan", "preprocess", "configure", "embed")] == [4, 2, 2, 2]
+    assert [kinds.count(kind) for kind in ("plan", "preprocess", "configure", "embed")] == [4, 0, 2, 2]
+
+
+def test_data_that_others_read_is_not_written_again(tmp_path: Path):
+    """ResEnc presets share the first plans' data of 2d and 3d_fullres; other configurations have data of their own."""
+    for configuration, count in (("2d", 0), ("3d_fullres", 0), ("3d_lowres", 2)):
+        methods = {name: method for name, method in GOOD["methods"].items() if name != "DeSAM box"}
+        tasks = tasks_of(tmp_path, configuration=configuration, methods=methods)
+        assert sum(task.kind == "preprocess" for task in tasks) == count
+
+
+def test_ids_that_moved_are_refused_before_anything_runs(tmp_path: Path):
+    first = tasks_of(tmp_path)
+    for raw in {task.run.raw for task in first if task.run}:
+        raw.mkdir(parents=True)
+    refuse_taken_ids(tasks_of(tmp_path))
+    refuse_taken_ids(tasks_of(tmp_path, seeds=[0, 1, 2]))
+    data = {"phantom": {**GOOD["datasets"]["phantom"], "sources": ["HK", "RUNMC", "BMC"]}}
+    with pytest.raises(
+        UserError, match=r"Dataset701_ProstateSAML_HK would get the id of Dataset701_ProstateSAML_RUNMC"
+    ):
+        refuse_taken_ids(tasks_of(tmp_path, datasets=data))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"), [("sh -c 'cp {download}", "No closing quotation"), ("make", "{download} where the folder's")]
+)
+def test_a_command_that_no_shell_reads_is_refused(tmp_path: Path, prepare: str, said: str):
+    data = {"phantom": {**GOOD["datasets"]["phantom"], "prepare": prepare}}
+    with pytest.raises(BadInput, match=said):
+        read_study(written(tmp_path, datasets=data))
+
+
+def test_braces_of_a_shell_stay_in_a_command(tmp_path: Path):
+    data = {"phantom": {**GOOD["datasets"]["phantom"], "prepare": "sh -c 'cp /x/{a,b} {download}'"}}
+    (prepare,) = [task for task in tasks_of(tmp_path, datasets=data) if task.kind == "prepare"]
+    assert prepare.command[2].startswith("cp /x/{a,b} /")
 
 
 def test_every_source_and_method_has_its_first_seed_before_any_has_its_second(tmp_path: Path):
@@ -173,8 +209,7 @@ def test_another_seed_adds_runs_and_leaves_the_others(tmp_path: Path):
 def test_commands_are_stock_nnunets_and_ours(tmp_path: Path):
     words = {task.command[0] for task in tasks_of(tmp_path)}
     assert {Path(word).name.rstrip("0123456789.") for word in words} == {
-        "python", "dgplugins", "nnUNetv2_plan_and_preprocess", "nnUNetv2_plan_experiment", "nnUNetv2_preprocess",
-        "nnUNetv2_predict",
+        "python", "dgplugins", "nnUNetv2_plan_and_preprocess", "nnUNetv2_plan_experiment", "nnUNetv2_predict",
     }  # fmt: skip
     train = next(task for task in tasks_of(tmp_path) if task.kind == "train stock")
     assert train.typed.startswith("nnUNet_raw=")
@@ -488,7 +523,7 @@ def test_a_stock_trainer_on_pseudo_labels_may_be_smaller(tmp_path: Path):
     assert configured.command[-2:] == ("--width-divisor", "4")
     train = tasks["train all stock seed 0"]
     assert train.needs == (configured.key,)
-    assert train.command[train.command.index("-p") + 1] == "nnUNetPlans_small"
+    assert train.command[train.command.index("-p") + 1].startswith("nnUNetPlans_small_")
 
 
 def test_settings_of_a_stage_that_is_not_there_and_masks_that_are_not_there_are_refused(tmp_path: Path):

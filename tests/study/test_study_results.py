@@ -198,7 +198,9 @@ def test_panels_stand_with_the_method_that_drew_them_and_with_the_one_that_learn
         tasks.append(replace(task, run=placed))
         State(tmp_path).set(tasks[-1], "done", 1.0)
         origin = {} if teaches else {"pseudo_labels": {"model": "Dataset701_d/stock__nnUNetPlans__2d/fold_0/x.pth"}}
-        write_json(raw / "dataset.json", {"file_ending": ".png", "dgplugins": {"protocol": origin}})
+        write_json(
+            raw / "dataset.json", {"file_ending": ".png", "labels": {"organ": 1}, "dgplugins": {"protocol": origin}}
+        )
         if not teaches:
             Image.new("L", (60, 60)).save(raw / PANELS)
     write_results(tasks, STUDY, tmp_path)
@@ -358,6 +360,19 @@ def test_the_table_of_a_dcam_study_shows_miou(tmp_path: Path):
     text = (tmp_path / "results.md").read_text()
     assert "| all | stock | 0.333 ± 0.000 |" in text
     assert "| all | ours | 0.818 ± 0.000 |" in text
+
+
+def test_a_dcam_study_has_a_report_also_before_it_is_finished(tmp_path: Path):
+    tasks = counted(tmp_path)
+    begun = Run("begun", "d", "all", None, 0, tmp_path / "runs" / "begun" / "0", raw=tmp_path, predictions=tmp_path)
+    tasks = [replace(task, run=replace(task.run, raw=tmp_path, predictions=tmp_path)) for task in tasks if task.run]
+    tasks.append(Task("begun 0", "train", ("true",), run=begun))
+    for task in tasks:
+        State(tmp_path).set(task, "done", 1.0)
+    assert collect(tasks)["case"].notna().all()
+    write_results(tasks, PIXELS, tmp_path)
+    page = write_report(read_study_results(tmp_path), tmp_path / "report.html")[-1].read_text()
+    assert "0.333" in page
 
 
 def test_images_that_are_cut_from_real_ones_are_not_called_made(tmp_path: Path):

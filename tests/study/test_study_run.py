@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_tasks_run_once_behind_what_they_need(tmp_path: Path, slots: int):
     assert sorted(trace(tmp_path)) == ["first", "other", "second"]
     assert trace(tmp_path)[-1] == "second"
     assert "3 tasks, 3 done before" in said[-1]
+
+
+def test_a_program_that_is_not_there_is_a_failed_task(tmp_path: Path):
+    missing, free = Task("missing", "missing", ("pyhton", "-V"), {}), write("free", tmp_path)
+    said: list[str] = []
+    assert run_tasks([missing, free], State(tmp_path), LocalExecutor(1), display=Lines(said.append)) == [missing]
+    assert trace(tmp_path) == ["free"]
+    assert "pyhton: No such file or directory" in "\n".join(said)
+
+
+def test_what_another_task_overwrote_is_not_done_any_more(tmp_path: Path):
+    one, other = (replace(write(name, tmp_path), replaces="dataset 741") for name in ("one", "other"))
+    for task in (one, other, one):
+        run_tasks([task], State(tmp_path), LocalExecutor(1), display=Lines(lambda text: None))
+    assert trace(tmp_path) == ["one", "other", "one"]
+    assert not State(tmp_path).is_done(other)
 
 
 def test_a_failure_shows_its_log_and_stops_only_what_needs_it(tmp_path: Path):

@@ -49,6 +49,7 @@ class Entry:
         labels: their truth.
         images: folders to look for their images in.
         file_ending: of all three.
+        ignore: value of the labels that means "not annotated".
         panels: page of maps and pseudo labels that the method learnt from, where there is one.
         drawn: the same of those that it drew for another method.
         curves: name -> a value per epoch.
@@ -65,6 +66,7 @@ class Entry:
     labels: Path | None = None
     images: Sequence[Path] = ()
     file_ending: str = ""
+    ignore: int | None = None
     panels: Path | None = None
     drawn: Path | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -151,7 +153,18 @@ def from_evaluations(
     tables = [_tidy(result, name, source) for name, result in results.items()]
     folders = [images] if images else [data.folder / "imagesTs", data.folder / "imagesTr"]
     entries = [
-        Entry(name, data.name, source, None, 0, result.predictions, result.labels, folders, data.file_ending)
+        Entry(
+            name,
+            data.name,
+            source,
+            None,
+            0,
+            result.predictions,
+            result.labels,
+            folders,
+            data.file_ending,
+            data.classes.ignore,
+        )
         for name, result in results.items()
     ]
     notes = list(dict.fromkeys(note for result in results.values() for note in result.notes))

@@ -38,6 +38,8 @@ def case_values(report: Report, entry: Entry) -> pandas.DataFrame:
     ]  # fmt: skip
     own = own[own["ratio"].isna() if entry.ratio is None else own["ratio"] == entry.ratio]
     keys = ["case", "target"]
+    if own.empty:
+        return own.reindex(columns=[*keys, "value"])
     if report.metric in dcam_protocol.METRICS:
         counts = dcam_protocol.counts_of(own, [*keys, "class"])
         found = counts.groupby(level=keys, sort=False)[list(counts.columns)].apply(
@@ -151,8 +153,9 @@ def _overlays(report: Report, entry: Entry, missing: list[str]) -> Iterator[Pict
                     continue
                 try:
                     png = overlay_png(
-                        image, entry.labels / name, entry.predictions / name, Path(folder) / "one.png", dpi=_DPI
-                    )
+                        image, entry.labels / name, entry.predictions / name, Path(folder) / "one.png",
+                        ignore=entry.ignore, dpi=_DPI,
+                    )  # fmt: skip
                 except UserError:
                     missing.append("whose image or truth cannot be read or has another grid than the prediction")
                     continue
