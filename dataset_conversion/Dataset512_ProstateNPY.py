@@ -42,6 +42,7 @@ FACTS = Facts(
 )
 IMAGE, MASK = "image", "mask"
 BELOW, MIDDLE, ABOVE = 0, 1, 2  # an array's channels
+STRAY = 0.05  # share of the names that may be of another kind before names are not trusted
 FILE = re.compile(r"(?P<volume>.+)[_-](?P<slice>\d+)")
 
 
@@ -99,10 +100,10 @@ def _volumes(names: Sequence[str], images: dict[str, Path], folder: Path, listin
             slices[int(match["slice"])] = name
     else:
         # "slice_17" of one volume only may be a running number over many
-        if len(found) > 1 or (len(names) < 2 and not strange):
+        if (len(found) > 1 and len(strange) <= max(1, STRAY * len(names))) or (len(names) < 2 and not strange):
             if strange:
-                left_out = ", ".join(f"{name}.npy" for name in strange)
-                listing.warnings.append(f"{folder}: not called <volume>_<slice>.npy, left out: {left_out}")
+                left_out = ", ".join(strange[:5]) + (", ..." if strange[5:] else "")
+                listing.warnings.append(f"{folder}: {len(strange)} not called <volume>_<slice>, left out: {left_out}")
             return {volume: [slices[number] for number in sorted(slices)] for volume, slices in found.items()}
     chains = chained([images.get(name, folder / name) for name in names])
     listing.warnings.append(

@@ -206,6 +206,7 @@ def _digest(plan: Plan, reports: list[Checked], folds: list[Split], test: set[st
             "format": staging.FORMAT,
             "name": plan.name,
             "options": plan.options(),
+            **({"ends_left_out": True} if plan.facts.ends_left_out else {}),
             "cases": [
                 [case.name, case.site, case.patient, *content(case, report)]
                 for case, report in zip(plan.cases, reports, strict=True)

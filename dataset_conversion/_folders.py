@@ -13,7 +13,7 @@ def hidden(name: str) -> bool:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield each folder, the folders and the files in it, in the order of names, as ``os.walk`` does.
+    """Yield each folder, the folders and the files in it, in the order of names and links last, as ``os.walk`` does.
 
     Linked folders are entered, too, each folder once whatever leads to it. Folders taken out of the list are not.
     """
@@ -24,5 +24,7 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             inner.clear()
             continue
         seen.add(real)
-        inner[:] = sorted(name for name in inner if not hidden(name))
+        # a folder before links to it, so that it keeps its own place
+        inner.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        inner[:] = [name for name in inner if not hidden(name)]
         yield Path(place), inner, sorted(name for name in files if not hidden(name))

@@ -71,7 +71,7 @@ def _parts(root: Path, facts: PatchFacts, needed: Sequence[str]) -> tuple[Path, 
         raise UserError(
             f"{root}: none of the folders {wanted} is there. Name the folder of {facts.command} that has them."
         )
-    named = [tree for tree in trees if _letters(tree.name) == _letters(facts.name)] if len(trees) > 1 else [*trees]
+    named = [tree for tree in trees if _bare(tree.name) == _bare(facts.name)] if len(trees) > 1 else [*trees]
     if len(named) != 1:
         names = ", ".join(tree.name for tree in trees)
         raise UserError(f"{root}: several sets: {names}. Name the folder of {facts.command}.")
@@ -85,7 +85,7 @@ def _parts(root: Path, facts: PatchFacts, needed: Sequence[str]) -> tuple[Path, 
     return tree, {part: paths[0] for part, paths in trees[tree].items() if paths}
 
 
-def _letters(name: str) -> str:
+def _bare(name: str) -> str:
     return "".join(filter(str.isalnum, name)).casefold()
 
 

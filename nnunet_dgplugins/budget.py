@@ -385,7 +385,7 @@ def command(
     if device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
         keep_freed_memory()
-    elif device.startswith("cuda"):
+    elif device == "cuda":
         torch.backends.cudnn.benchmark = True  # as nnUNetv2_train does
         if minutes:  # compiling, anew after each stop, would be paid from the minutes of stock trainers alone
             os.environ.setdefault("nnUNet_compile", "f")

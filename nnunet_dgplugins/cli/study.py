@@ -84,8 +84,10 @@ def command(
     with state.alone():
         executor = _executor(jobs, options, out, tasks, resume(out, tasks, state))
         state.forget_running()
-        failed = run_tasks(tasks, state, executor, study.budget.minutes, seldom(tasks, study, out))
-        table = write_results(tasks, study, out)
+        try:
+            failed = run_tasks(tasks, state, executor, study.budget.minutes, seldom(tasks, study, out))
+        finally:  # also where it is cancelled
+            table = write_results(tasks, study, out)
     _print(table, study, metric)
     click.echo(f"{out}: results.csv, results.json, results.md")
     if failed:

@@ -106,8 +106,8 @@ def first_fraction(table: CaseTable, names: Sequence[str], fraction: float = 0.9
     total = sum(map(len, patients))
     train: list[str] = []
     val: list[str] = []
-    for cases in patients:
-        (train if len(train) < int(fraction * total) else val).extend(cases)
+    for number, cases in enumerate(patients, 1):
+        (train if len(train) < int(fraction * total) and number < len(patients) else val).extend(cases)
     if not train or not val:
         raise UserError(f"{total} cases are too few for a split of {fraction:g} to {1 - fraction:.2g}.")
     return [{"train": train, "val": val}]

@@ -81,14 +81,15 @@ def by_seed(table: pandas.DataFrame, metric: str = "dice") -> pandas.DataFrame:
         ]
         return pandas.concat([sites, *named], ignore_index=True)
     chosen = table[table["metric"] == metric]
-    # canvases of two classes have nothing in common but their numbers
-    cases = chosen.groupby([*keys, "class" if metric in samsdg_protocol.METRICS else "case"], dropna=False, sort=False)
-    cases = cases["value"].mean().reset_index()
-    sites = cases.groupby(keys, dropna=False, sort=False)["value"].mean().reset_index()
-    averages = [
-        part[part["split"] == UNSEEN].groupby(keys[:-1], dropna=False, sort=False)["value"].mean().reset_index()
-        for part in (sites, cases)
-    ]
+
+    def means(part: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
+        return part.groupby(by, dropna=False, sort=False)["value"].mean().reset_index()
+
+    canvases = metric in samsdg_protocol.METRICS  # of one class each, so classes are what is averaged last
+    cases = means(chosen, [*keys, "class" if canvases else "case"])
+    sites, seen = means(cases, keys), (chosen if canvases else cases)
+    pooled = means(seen[seen["split"] == UNSEEN], [*keys[:-1], "class"]) if canvases else seen[seen["split"] == UNSEEN]
+    averages = [means(part, keys[:-1]) for part in (sites[sites["split"] == UNSEEN], pooled)]
     named = [part.assign(target=name) for part, name in zip(averages, UNSEEN_AVERAGES, strict=True)]
     return pandas.concat([sites, *named], ignore_index=True)
 
@@ -138,7 +139,13 @@ def differences(table: pandas.DataFrame, baseline: str, metric: str = "dice") ->
 def _case_gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> dict[str, float]:
     """Return a method's mean gain on the cases that both have, its interval, and their number; nothing without any."""
     gain = _gains(table, method, baseline, metric)
-    return {**interval(gain), "cases": len(gain)} if len(gain) else {}
+    if not len(gain):
+        return {}
+    alike = gain
+    if metric in samsdg_protocol.METRICS:  # each class counts alike, as in by_seed, however many canvases it has
+        alike = gain.rename(index=dict(zip(table["case"], table["class"], strict=True)), level="case")
+        alike = alike.groupby(level=list(gain.index.names), dropna=False, sort=False).mean()
+    return {**interval(alike), "cases": len(gain)}
 
 
 def _gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> pandas.Series:
@@ -147,9 +154,6 @@ def _gains(table: pandas.DataFrame, method: str, baseline: str, metric: str) -> 
 
     one = ["target", "patient", "case"]
     both = table[(table["metric"] == metric) & table["method"].isin([method, baseline])]
-    if metric in samsdg_protocol.METRICS and both["class"].nunique() > 1:  # each class counts alike, as in by_seed
-        both = both.groupby([*one[:2], "class", "seed", "method"], dropna=False, sort=False)["value"].mean()
-        both = both.reset_index().rename(columns={"class": "case"})
     wide = both.groupby([*one, "seed", "method"], dropna=False, sort=False)["value"].mean().unstack("method")
     if not {method, baseline} <= set(wide.columns):
         return pandas.Series(dtype=float, index=pandas.MultiIndex.from_arrays([[], [], []], names=one))

@@ -295,8 +295,9 @@ def _canvas_rows(
             dropped += len(counts) % samsdg_protocol.TILES
             if len(counts) < samsdg_protocol.TILES:
                 notes.append(f"{site}: {len(counts)} slices with {name}, no canvas; not in the mean of sites.")
+            prefix = f"{name}, " if len(dataset.classes.values) > 1 else ""  # canvases of two classes are not the same
             for number, value in enumerate(samsdg_protocol.canvas_dice(counts), 1):
-                rows.append((f"canvas {number:03d}", site, None, name, "dice_samsdg", value))
+                rows.append((f"{prefix}canvas {number:03d}", site, None, name, "dice_samsdg", value))
     if dropped:
         notes.append(
             f"{dropped} slices are left over from groups of four and are not counted, as in the released code."

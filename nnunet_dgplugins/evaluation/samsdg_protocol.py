@@ -5,7 +5,7 @@ The unit is a canvas of four slices, not a case. For each unseen site and each c
 1. Slices: the cases sorted by name, slices in order, those without the class in the reference skipped, and the first
    and the last slice of a volume left out (the method's images hold three adjacent slices as channels). A dataset
    whose case table says ``ends_left_out`` in its protocol has lost them already, and one of ``drop_empty_slices`` ends
-   where the organ does, not where the scan does: all of its slices count. So does a volume of one slice, an image.
+   where the organ does, seldom where the scan does: all of its slices count. So does a volume of one slice, an image.
 2. Each slice is resized to 512 x 512 by nearest neighbour. The released code resizes masks bilinearly, which shrinks
    them, and predicts at 512 x 512; here both masks take the same resize.
 3. Four consecutive slices, also of neighbouring volumes, make a canvas; an incomplete last canvas is dropped.

@@ -62,6 +62,16 @@ class Data:
         """The same collection with the masks of its training cases."""
         return replace(self, options=self.masks, masks=())
 
+    @property
+    def twin_id(self) -> int:
+        """Id of the twin, behind those of all sources and ratios."""
+        return self.first_id + len(self.variants())
+
+    @property
+    def first_pseudo_id(self) -> int:
+        """First id of pseudo labels, of which each seed has some: they come last, so that seeds can be added."""
+        return self.twin_id + bool(self.masks)
+
     def variants(self) -> list[tuple[str, float | None, int]]:
         """Return source, ratio (None: all labels) and id of every dataset."""
         pairs = [(source, ratio) for source in self.sources or (ALL,) for ratio in self.ratios or (None,)]

@@ -286,10 +286,9 @@ class _Reader:
                 (f"{data.name} {source}" + (f" {ratio:g}" if ratio else ""), number)
                 for source, ratio, number in data.variants()
             ]
-            first = data.first_id + len(names)
             count = pseudo * len(values.get("seeds", (0,)))
-            names += [(f"{data.name}, pseudo labels", first + i) for i in range(count)]
-            names += [(f"{data.name}, masks", first + count)] if data.masks else []
+            names += [(f"{data.name}, masks", data.twin_id)] if data.masks else []
+            names += [(f"{data.name}, pseudo labels", data.first_pseudo_id + i) for i in range(count)]
             for title, number in names:
                 if not 1 <= number <= 999:
                     self.note(f"dataset {data.name}", f"id {number} for {title}", "1 to 999")

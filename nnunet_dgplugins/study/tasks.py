@@ -177,10 +177,8 @@ class _Collection:
             _Variant(self, self.data, own, source, ratio, number).expand(needs)
         ceilings = [method for method in methods if method.masks]
         if ceilings:
-            pseudo = sum(bool(method.pseudo_labels) for method in methods) * len(self.study.seeds)
             source, ratio, _ = variants[0]  # data with tags have one
-            number = self.data.first_id + len(variants) + pseudo
-            _Variant(self, self.data.twin, ceilings, source, ratio, number).expand(needs)
+            _Variant(self, self.data.twin, ceilings, source, ratio, self.data.twin_id).expand(needs)
         return self.made
 
     def add(
@@ -223,7 +221,7 @@ class _Variant:
         self.dataset = planned_name(load_converter(data.convert), self.words)
         # training of each method of tags by seed, and its model folder: pseudo labels are made of them
         self.teachers: dict[tuple[str, int], tuple[str, Path, Mapping[str, str]]] = {}
-        self.pseudo_id = data.first_id + len(data.variants())
+        self.pseudo_id = collection.data.first_pseudo_id
 
     def expand(self, needs: tuple[str, ...]) -> None:
         data, configuration = self.data, self.study.configuration
@@ -356,13 +354,18 @@ class _Variant:
             replaces=str(self.all.folder / RAW / number),
         )  # fmt: skip
         plan = ["nnUNetv2_plan_and_preprocess", "-d", number, "-c", self.study.configuration, "-np", "1", "-npfp", "1"]
-        ready = self.all.add(f"plan {name}", "plan", [*plan, "--no_pbar"], (made,), _PLANNING, seed=seed)
+        prepared = self.all.folder / PREPROCESSED / number
+        ready = self.all.add(
+            f"plan {name}", "plan", [*plan, "--no_pbar"], (made,), _PLANNING, seed=seed, replaces=str(prepared)
+        )
         if method.smaller:
             small = f"{plans}_small_{content_hash(method.smaller)[:8]}"
             words = ["dgplugins", "configure", number, "-p", plans, "-o", small, "-c"]
             plans = small
             words += [self.study.configuration, *method.smaller]
-            ready = self.all.add(f"configure {name}", "configure", words, (ready,), seed=seed)
+            ready = self.all.add(
+                f"configure {name}", "configure", words, (ready,), seed=seed, replaces=str(prepared / plans)
+            )
         return number, f"Dataset{int(number):03d}_{self.dataset[11:]}_pseudo", plans, ready
 
 

@@ -197,11 +197,17 @@ class DGTrainer(nnUNetTrainer):
         if self.current_epoch or self.disable_checkpointing:
             return
         earlier = [path for name in (_LATEST, _BEST, _FINAL) if (path := Path(self.output_folder, name)).is_file()]
+        kept = Path(self.output_folder, f"{_EARLIER}{_FINAL}")
+        if kept.is_file() and earlier and earlier[-1].name != _FINAL:
+            for path in earlier:  # of an aborted training, which does not replace a finished one
+                path.unlink()
+            return
         for path in earlier:
             os.replace(path, path.with_name(f"{_EARLIER}{path.name}"))
         if earlier:
             self.print_to_log_file(
-                f"This training starts anew (no --c); checkpoints of the one before are kept as {_EARLIER}checkpoint_*."
+                f"This training starts anew (no --c); checkpoints of the one before are kept as {_EARLIER}*: rename "
+                "them back to go on with that one."
             )
 
     def on_train_end(self) -> None:

@@ -188,7 +188,11 @@ def _check_masks(masks: Mapping[str, Path], cases: Mapping[str, list[Path]], des
         if not path.is_file():
             problems.append(Problem(str(path), "no such file", "the case's true mask"))
             continue
-        mask, image = read_label_map(path), _grid(cases[case][0])
+        try:
+            mask, image = read_label_map(path), _grid(cases[case][0])
+        except (UserError, RuntimeError) as error:
+            problems.append(Problem(case, str(error).strip().splitlines()[-1]))
+            continue
         bare = LabelMap(mask.values, image.spacing, image.origin, image.direction)  # PNG: sizes are all there is
         if difference := (mask if mask.origin else bare).geometry_difference(image):
             problems.append(Problem(str(path), f"grid differs from the image's: {difference}", "the image's grid"))

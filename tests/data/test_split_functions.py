@@ -99,6 +99,8 @@ def test_the_published_first_nine_tenths_are_kept_in_order() -> None:
     two_frames = make(A=5)
     (fold,) = first_fraction(two_frames, list(two_frames.cases), 0.7)  # the seventh case is a patient's first
     assert (len(fold["train"]), len(fold["val"])) == (8, 2)
+    (fold,) = first_fraction(two_frames, list(two_frames.cases))  # the last patient is not taken from validation
+    assert (len(fold["train"]), len(fold["val"])) == (8, 2)
 
 
 @pytest.mark.parametrize(

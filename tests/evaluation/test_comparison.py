@@ -124,18 +124,35 @@ def test_without_known_patients_there_is_a_difference_and_no_interval():
 
 def test_canvases_of_two_classes_count_by_class_and_not_by_their_number():
     rows = [
-        (method, "d", "A", "B", None, 0, f"canvas {number:03d}", None, name, "dice_samsdg", value + gain, "unseen")
+        (
+            method,
+            "d",
+            "A",
+            site,
+            None,
+            0,
+            f"{name}, canvas {number:03d}",
+            None,
+            name,
+            "dice_samsdg",
+            value + gain,
+            "unseen",
+        )
         for method, gain in (("stock", 0.0), ("ours", 0.1))
-        for name, count, value in (("organ", 10, 0.8), ("lesion", 2, 0.2))
+        for site, name, count, value in (("B", "organ", 10, 0.8), ("B", "lesion", 2, 0.2), ("C", "organ", 5, 0.5))
         for number in range(count)
     ]
     canvases = pandas.DataFrame(rows, columns=[*COLUMNS, "split"])
     lines = matrix(canvases, "dice_samsdg").set_index(["method", "target"])
-    for target in ("B", "mean unseen", "pooled unseen"):
-        assert lines.loc[("stock", target), "mean"] == pytest.approx(0.5)
+    assert lines.loc[("stock", "B"), "mean"] == pytest.approx(0.5)
+    assert lines.loc[("stock", "mean unseen"), "mean"] == pytest.approx(0.5)
+    assert lines.loc[("stock", "pooled unseen"), "mean"] == pytest.approx(((10 * 0.8 + 5 * 0.5) / 15 + 0.2) / 2)
     uneven = canvases.assign(value=canvases["value"].where(canvases["class"] != "lesion", 0.2))
     (row,) = differences(uneven, "stock", "dice_samsdg").to_dict("records")
-    assert row["difference"] == pytest.approx(0.05)
+    assert row["difference"] == pytest.approx((0.05 + 0.1) / 2)  # B: half of its classes; C
+    assert row["cases"] == 17
+    ahead = wins(uneven, "stock", "dice_samsdg").set_index("target")
+    assert ahead.loc["B", ["ahead", "level", "behind"]].tolist() == [10, 2, 0]
 
 
 def test_a_site_without_the_number_shows_a_dash():

@@ -505,15 +505,23 @@ def test_the_ceiling_trains_on_a_twin_with_masks_and_is_tested_on_the_same_patch
     download = weak.command[3]
     assert weak.command[-2:] == ("--target", f"bcss-wsss={download}_target")
     assert convert.command[-1] == f"{download}/train_masks"
-    # its id is behind those of the pseudo labels of two seeds
-    assert convert.command[convert.command.index("--id") :][:2] == ("--id", "773")
+    assert convert.command[convert.command.index("--id") :][:2] == ("--id", "771")
     source = tasks["evaluate source all masks ceiling seed 1"].typed
-    assert "Dataset773_LUADHistoSeg_4classes_masks/labelsTr" in source
+    assert "Dataset771_LUADHistoSeg_4classes_masks/labelsTr" in source
     assert "fold_0/validation " in source
     assert "--protocol dcam" in source
     runs = {tasks[name].run for name in ("train all masks ceiling seed 0", "train all stage 1 seed 0")}
     assert {(run.dataset, run.source) for run in runs if run} == {("tissue", "all")}
     assert not any("ceiling" in name for name in tasks if " masks" not in name)
+
+
+def test_another_seed_moves_no_id_of_pseudo_labels_and_twins(tmp_path: Path):
+    before = tissue(tmp_path)
+    for raw in {task.run.raw for task in before.values() if task.run}:
+        raw.mkdir(parents=True)
+    after = tissue(tmp_path, seeds=[0, 1, 2])
+    refuse_taken_ids(list(after.values()))
+    assert {task.key for task in before.values()} < {task.key for task in after.values()}
 
 
 def test_a_stock_trainer_on_pseudo_labels_may_be_smaller(tmp_path: Path):

@@ -53,11 +53,17 @@ def test_a_program_that_is_not_there_is_a_failed_task(tmp_path: Path):
 
 
 def test_what_another_task_overwrote_is_not_done_any_more(tmp_path: Path):
-    one, other = (replace(write(name, tmp_path), replaces="dataset 741") for name in ("one", "other"))
-    for task in (one, other, one):
-        run_tasks([task], State(tmp_path), LocalExecutor(1), display=Lines(lambda text: None))
-    assert trace(tmp_path) == ["one", "other", "one"]
-    assert not State(tmp_path).is_done(other)
+    chains = []
+    for name in ("one", "other"):
+        made = replace(write(name, tmp_path), replaces="dataset 741")
+        plan = replace(write(f"plan-{name}", tmp_path, (made.key,)), replaces="plans of 741")
+        chains.append([made, plan, write(f"train-{name}", tmp_path, (plan.key,))])
+    again = [*chains[0], write("train-one-again", tmp_path, (chains[0][1].key,))]
+    for tasks in (*chains, again):
+        run_tasks(tasks, State(tmp_path), LocalExecutor(1), display=Lines(lambda text: None))
+    found = trace(tmp_path)
+    assert found[:6] == ["one", "plan-one", "train-one", "other", "plan-other", "train-other"]
+    assert found[6:] == ["one", "plan-one", "train-one-again"]  # what it trains on is its own again
 
 
 def test_a_failure_shows_its_log_and_stops_only_what_needs_it(tmp_path: Path):

@@ -136,6 +136,13 @@ def test_images_that_cannot_be_read_are_listed_when_the_others_are_predicted(tra
     for name in ("case_4", "case_5"):
         with (folder / f"{name}_0000.nii.gz").open("r+b") as file:
             file.truncate(100)
+    masks = trained.root / "masks"
+    masks.mkdir()
+    for name in ("case_4", "case_5", "case_6"):
+        (masks / f"{name}.nii.gz").write_bytes((folder / "case_6_0000.nii.gz").read_bytes())
+    with pytest.raises(BadInput, match=r"(?s)case_4: .*case_5: "):
+        predict_folder(trained.model(SAM), folder, trained.root / "out", device="cpu", masks=masks)
+    assert not (trained.root / "out").exists()
     with pytest.raises(UserError, match=r"(?s)2 of 3 cases.*--continue:.*case_4_0000.*case_5_0000"):
         predict_folder(trained.model(SAM), folder, trained.root / "out", device="cpu")
     assert [path.name for path in (trained.root / "out").glob("*.nii.gz")] == ["case_6.nii.gz"]
