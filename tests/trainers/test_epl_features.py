@@ -253,25 +253,6 @@ def test_a_training_begins_with_its_start_weights_or_not_at_all_and_goes_on_with
     resume(semi, TRAINER)
 
 
-def test_a_batch_of_one_shows_foreground_as_often_as_larger_ones(semi: World, monkeypatch: pytest.MonkeyPatch):
-    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-
-    built, draws = nnUNetDataLoader.__init__, []
-
-    def watched(self: nnUNetDataLoader, *arguments: Any, **named: Any) -> None:
-        built(self, *arguments, **named)
-        draws.append((self.batch_size, [self.get_do_oversample(0) for _ in range(300)]))
-
-    monkeypatch.setattr(nnUNetDataLoader, "__init__", watched)
-    semi.settings(batch_size=1, unlabelled_batch_size=2)
-    trainer = semi.construct(TRAINER)
-    trainer.initialize()
-    trainer.get_dataloaders()
-    labelled = [forced for size, forced in draws if size == 1]
-    assert len(labelled) == 2  # training and validation
-    assert all(60 < sum(forced) < 140 for forced in labelled)  # a third of them
-
-
 def test_deeplab_in_3d_and_a_batch_of_one_are_refused(semi: World):
     semi.settings(network="deeplabv3plus")
     assert "2d only" in refused(semi, configuration="3d_fullres")

@@ -287,3 +287,22 @@ def test_settings_that_cannot_be_are_refused(semi: World):
 def test_the_splits_that_a_stock_trainer_reads_list_labelled_cases_only(semi: World):
     folds = read_json(semi.preprocessed / "splits_final.json")
     assert {name for fold in folds for side in fold.values() for name in side} == {"case_0", "case_1", "case_2"}
+
+
+def test_a_batch_of_one_shows_foreground_as_often_as_larger_ones(semi: World, monkeypatch: pytest.MonkeyPatch):
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+    built, draws = nnUNetDataLoader.__init__, []
+
+    def watched(self: nnUNetDataLoader, *arguments: Any, **named: Any) -> None:
+        built(self, *arguments, **named)
+        draws.append((self.batch_size, [self.get_do_oversample(0) for _ in range(300)]))
+
+    monkeypatch.setattr(nnUNetDataLoader, "__init__", watched)
+    semi.settings(batch_size=1, unlabelled_batch_size=2)
+    trainer = semi.construct("EPLTrainer")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    labelled = [forced for size, forced in draws if size == 1]
+    assert len(labelled) == 2  # training and validation
+    assert all(60 < sum(forced) < 140 for forced in labelled)  # a third of them
