@@ -12,7 +12,7 @@
 #                                        stock nnU-Net on the pseudo labels; the other one is predicted; about 14 minutes
 #                                        on 2 cores, which is too short to learn much
 #   bash scripts/demo.sh samsdg          SAM-SDG on the six-site phantom: coarse network, then SAM prompted by its boxes, and
-#                                        stock nnU-Net for as long as both
+#                                        stock nnU-Net for as long as both; about 15 minutes on 2 cores
 #   bash scripts/demo.sh study           a small study of the phantom, two methods and two seeds, and its report as a page;
 #                                        about 11 minutes on 2 cores
 #   bash scripts/demo.sh ... --data DIR  the real download, same steps (SAML layout; equivariant: BraTS 2019; dcam: a folder
@@ -144,8 +144,8 @@ elif [ "$method" = epl ]; then
   step train_epl python -m nnunet_dgplugins.budget 517 2d 0 -tr EPLTrainer "${equal[@]}" -device "$device"
 elif [ "$method" = samsdg ]; then
   # the planned network on small images, without ImageNet weights, instead of DeepLabV3 on 512 pixels; eight groupings of
-  # slices whose embeddings are kept
-  settings "{SAMSDGCoarseTrainer: {network: planned, image_size: 128, epochs: 20, field_of_view: source},
+  # slices whose embeddings are kept. Few epochs: after 20 the coarse network knows its own scanner best and others least
+  settings "{SAMSDGCoarseTrainer: {network: planned, image_size: 128, epochs: 6, field_of_view: source},
              SAMSDGTrainer: {groupings: 8, epochs: 40, initial_lr: 0.001, box_threshold: 0.5, field_of_view: source}}"
   step train_coarse nnUNetv2_train 522 2d 0 -tr SAMSDGCoarseTrainer -device "$device"
   step train_samsdg nnUNetv2_train 522 2d 0 -tr SAMSDGTrainer -device "$device"
